@@ -1,0 +1,115 @@
+"""The one environment contract of this repository: a batch of games on one device, stepped together."""
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+
+class VecEnv(gymnasium.vector.VectorEnv):
+    """B cooperative games of N agents; every array is a torch tensor on `device`.
+
+    Letters: B games, N agents, O observation, S state, A discrete actions, D action dimensions.
+    A subclass implements three hooks and `render()`; clocks, auto-reset and checks live here:
+
+    - `_restart(done)` starts a new episode in every game where `done` (B,) is True.
+    - `_advance(actions)` plays one step and returns reward (B,), terminated (B,) and a dict for `info`.
+    - `_observe()` returns obs (B, N, O), state (B, S) and avail_actions (B, N, A) of the current step.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.SAME_STEP}
+    render_mode = "rgb_array"
+
+    def __init__(
+        self, num_envs, n_agents, obs_dim, state_dim, episode_limit, single_action_space, device, seed, validate=True
+    ):
+        self.num_envs = num_envs
+        self.n_agents = n_agents
+        self.obs_dim = obs_dim
+        self.state_dim = state_dim
+        self.episode_limit = episode_limit
+        self.device = torch.device(device)
+        self.validate = validate
+        self.single_action_space = single_action_space
+        self.single_observation_space = spaces.Box(-np.inf, np.inf, (n_agents, obs_dim), np.float32)
+        self.action_space = batch_space(single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._episode_return = torch.zeros(num_envs, device=self.device)  # (B,)
+        self._episode_length = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # (B,)
+        self._obs = self._state = self._avail_actions = None
+
+    def reset(self, *, seed=None, options=None):
+        """Start every game anew. `seed` restarts the random stream. Returns obs (B, N, O) and an empty dict."""
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)  # (B,)
+        self._restart(everywhere)
+        self._episode_return.zero_()
+        self._episode_length.zero_()
+        self._obs, self._state, self._avail_actions = self._observe()
+        return self._obs, {}
+
+    def step(self, actions):
+        """Play one step of every game: actions (B, N) int64, or (B, N, D) float32 within the bounds.
+
+        Returns obs (B, N, O), reward (B,), terminated (B,), truncated (B,), info. A game that ended has already
+        been restarted in `obs`; `info["final_obs"]`, `["final_state"]`, `["final_avail_actions"]` hold what this step
+        led to in every game, before any restart. `info["episode_return"]` and `["episode_length"]` (B,) count
+        the running episode up to and including this step.
+        Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
+        """
+        if self._obs is None:
+            raise RuntimeError("call env.reset() before the first env.step()")
+        if self.validate:
+            self._check(actions)
+        reward, terminated, info = self._advance(actions)
+        self._episode_return = self._episode_return + reward
+        self._episode_length = self._episode_length + 1
+        truncated = ~terminated & (self._episode_length >= self.episode_limit)  # (B,)
+        done = terminated | truncated  # (B,)
+        final = self._observe()
+        info["final_obs"], info["final_state"], info["final_avail_actions"] = final
+        info["episode_return"], info["episode_length"] = self._episode_return, self._episode_length
+        self._restart(done)
+        self._episode_return = self._episode_return * ~done
+        self._episode_length = self._episode_length * ~done
+        self._obs, self._state, self._avail_actions = self._observe_restarted(done, final)
+        return self._obs, reward, terminated, truncated, info
+
+    def state(self):
+        """Global state (B, S) float32, for centralised training."""
+        return self._state
+
+    def avail_actions(self):
+        """Legal discrete actions (B, N, A) bool; None where actions are continuous."""
+        return self._avail_actions
+
+    def _observe_restarted(self, done, final):
+        """Like `_observe()`, right after `_restart(done)`; a subclass may reuse `final`, the features before it."""
+        return self._observe()
+
+    def _check(self, actions):
+        shape = (self.num_envs, *self.single_action_space.shape)
+        if not torch.is_tensor(actions) or tuple(actions.shape) != shape:
+            got = tuple(actions.shape) if torch.is_tensor(actions) else type(actions).__name__
+            raise ValueError(f"actions must be a tensor of shape {shape} (games, agents, ...), got {got}")
+        if isinstance(self.single_action_space, spaces.Box):
+            low = torch.as_tensor(self.single_action_space.low, device=self.device)  # (N, D)
+            high = torch.as_tensor(self.single_action_space.high, device=self.device)
+            wrong = ~((actions >= low) & (actions <= high)).all(-1)  # (B, N), also True for NaN
+        else:
+            if actions.dtype != torch.int64:
+                raise ValueError(f"discrete actions must be int64, got {actions.dtype}")
+            n_actions = self._avail_actions.shape[-1]
+            inside = (actions >= 0) & (actions < n_actions)  # (B, N)
+            chosen = self._avail_actions.gather(2, actions.clamp(0, n_actions - 1).unsqueeze(2)).squeeze(2)  # (B, N)
+            wrong = ~(inside & chosen)
+        if wrong.any():
+            game, agent = (int(i) for i in wrong.nonzero()[0])
+            message = f"game {game}, agent {agent}: action {actions[game, agent].tolist()} is not allowed; "
+            if isinstance(self.single_action_space, spaces.Box):
+                raise ValueError(message + f"bounds are {low[agent].tolist()} to {high[agent].tolist()}")
+            raise ValueError(message + f"available: {self._avail_actions[game, agent].nonzero().flatten().tolist()}")
