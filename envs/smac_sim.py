@@ -1,12 +1,12 @@
-"""Embedded engine for SMAC: a batched battle simulator in torch, eight game loops of 1/16 s per environment step.
+"""Embedded engine for SMAC: a batched battle simulator in torch, eight game loops of 1/16 s per env step.
 
-It plays the battles of SMAC's 23 maps with the numbers of the game's own data files (`smac_units.json`, the Liberty
-base values that the maps load; `smac_maps.json`, terrain, spawns and orders read from the map archives). It is a
-simulator of SMAC's battles, not StarCraft II: docs/envs.md lists every rule with its value, its source and whether it
-was read or is our choice.
+It plays the battles of SMAC's 23 maps with the numbers of the game's own data files (`smac_units.json`: the
+Liberty base values that the maps load; `smac_maps.json`: terrain, spawns and orders from the map archives).
+It is a simulator of SMAC's battles, not StarCraft II: docs/envs.md lists every rule with its value, its source
+and whether it was read or is our choice.
 
 Letters: B games, N agents, M enemies, U = N + M units (agents first, in id order), C terrain cells (32 x 32).
-Distances are in tiles, times in game loops, "gap" is the distance between the edges of two units.
+Distances are in tiles, times in game loops; a "gap" is the distance between the edges of two units.
 """
 
 import functools
@@ -40,7 +40,7 @@ FAR = 1000.0  # where the dead are put before distances are measured
 
 
 class Units(NamedTuple):
-    """Both teams of every game; each field is (B, U). A unit lives while hp > 0; the dead keep their other values."""
+    """Both teams of every game, fields (B, U). A unit lives while hp > 0; the dead keep the rest."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -61,7 +61,7 @@ class Units(NamedTuple):
 
 
 class BattleSim:
-    """The rules of one map. `spawn` and `step` are pure functions of tensors; the object holds only constants."""
+    """The rules of one map: an object of constants; `spawn` and `step` are pure functions of tensors."""
 
     def __init__(self, map_name, device="cpu", compile=False):
         facts = json.loads((_DATA / "smac_maps.json").read_text())
@@ -74,7 +74,7 @@ class BattleSim:
         walkable = _walkable(battle["terrain"])
         self.walkable = torch.tensor(walkable, device=self.device)  # (32, 32) [x, y]
 
-        # spawn points: agents by type as the map's unit data lists them, then by x, then by y; enemies as created
+        # spawn points: agents by type in the map's order, then by x and y; enemies as created
         placed = _pack(battle["ally_spawns"] + battle["enemy_spawns"], stats, walkable)
         rank = {group["unit"].lower(): i for i, group in enumerate(battle["agent_id_order"])}
         agents = sorted(placed[: self.n_agents], key=lambda unit: (rank[unit[0]], unit[1], unit[2]))
@@ -143,10 +143,9 @@ class BattleSim:
         self._armor = armor
         self._radii = self.radius[:, None] + self.radius  # (U, U)
         agents, enemies = slice(0, self.n_agents), slice(self.n_agents, None)
-        self._gap_offset = torch.where(hits, -self._radii, FAR)[
-            enemies, agents
-        ]  # (M, N), never acquires what it can't hit
-        # air and ground do not collide; a colossus stands above ground units and meets only what flies or towers
+        offset = torch.where(hits, -self._radii, FAR)  # (U, U), keeps whom the weapon cannot hit out of range
+        self._gap_offset = offset[enemies, agents]  # (M, N)
+        # air and ground do not collide; a colossus stands above ground units, in the way of flyers only
         high = [kind["flying"] or "air" in kind["planes"] for kind in kinds]
         size = [kind["separation_radius"] for kind in kinds]
         self._separation = pairs(
@@ -234,9 +233,9 @@ class BattleSim:
         )
 
     def step(self, units, actions, generator):
-        """Obey actions (B, N), SMAC's ids (0 no-op, 1 stop, 2-5 north south east west, 6+k attack or heal k), for 8 loops.
+        """Obey actions (B, N) for 8 loops: 0 no-op, 1 stop, 2-5 north south east west, 6+k attack or heal k.
 
-        Weapon delays are drawn from `generator` first, so that everything behind is a pure function of tensors.
+        Weapon delays are drawn from `generator` first; all that follows is a pure function of tensors.
         """
         shape = (LOOPS_PER_STEP, *units.hp.shape)
         delays = (
@@ -248,7 +247,7 @@ class BattleSim:
         return units
 
     def obey(self, units, actions):
-        """Replace the agents' orders by actions (B, N); the enemies keep theirs. Agents stay passive otherwise."""
+        """Units whose agents have actions (B, N) as their orders; the enemies keep theirs."""
         n = self.n_agents
         move_x = (actions == 4).float() - (actions == 5).float()  # (B, N)
         move_y = (actions == 2).float() - (actions == 3).float()  # (B, N)
@@ -263,7 +262,7 @@ class BattleSim:
         )
 
     def game_loop(self, units, delay):
-        """One game loop of 1/16 s: acquire, strike and heal, walk and push, recover. delay (B, U) loops in [-1, 2]."""
+        """One game loop: acquire, strike and heal, walk and push, recover. delay (B, U) in [-1, 2] loops."""
         alive = units.hp > 0  # (B, U)
         x, y = torch.where(alive, units.x, self._far), torch.where(alive, units.y, self._far)
         off_x, off_y = x[:, None] - x[:, :, None], y[:, None] - y[:, :, None]  # (B, U, U) from i to j
@@ -319,8 +318,8 @@ class BattleSim:
         )
 
     def _acquire(self, units, distance):
-        """Whom each unit goes for (B, U). Agents: whom they were told. Enemies: keep whom the weapon reaches, else the
-        nearest within scan range, else whoever hurt them last; a medivac keeps its patient, else takes the weakest."""
+        """Whom each unit goes for (B, U). Agents: whom they were told. Enemies: keep whom the weapon reaches,
+        else the nearest in scan range, else whoever hurt them last; a medivac its patient, else the weakest."""
         n = self.n_agents
         gaps = distance[:, n:, :n] + self._gap_offset  # (B, M, N)
         nearest_gap, nearest = gaps.min(2)  # (B, M)
@@ -349,7 +348,7 @@ class BattleSim:
         return torch.cat([units.target[:, :n], chosen], 1)
 
     def _second_hits(self, units, fires, target, engaged, gap):
-        """Zealots and colossi hit twice per swing; the second hit is lost when the target changes or gets away."""
+        """Zealots and colossi hit twice per swing; the second is lost if the target changes or gets away."""
         if not self._has_double_hits:
             return fires, units.second_hit, units.second_target
         held = engaged & (target == units.second_target) & (gap <= self._reach + self._slop)  # (B, U)
@@ -379,7 +378,7 @@ class BattleSim:
         return life, shield
 
     def _lance(self, x, y, strikes, target):
-        """Victims (B, colossi, U) of the colossi's beams: a line through the target, across the direction of fire."""
+        """Victims (B, colossi, U) of the colossi's beams: a line through the target, across the fire."""
         rows = self._colossi
         aimed = target[:, rows].clamp(min=0)  # (B, colossi)
         target_x, target_y = x.gather(1, aimed), y.gather(1, aimed)
@@ -400,7 +399,7 @@ class BattleSim:
         return (strikes | units.dying)[:, rows, None] & near & self._can_hit[rows]
 
     def _heal(self, units, in_reach, aimed):
-        """Life given to each unit (B, U) by medivacs in reach of a wounded biological unit, and the energy left."""
+        """Life given to each unit (B, U) by medivacs in reach of a wounded biological unit; energy left."""
         if not self._has_medics:
             return 0.0, units.energy
         missing = (self.hp_max - units.hp).gather(1, aimed)  # (B, U), of the patient
@@ -425,7 +424,7 @@ class BattleSim:
         return units.x + (goal_x - units.x) * stride, units.y + (goal_y - units.y) * stride, speed
 
     def _next_waypoint(self, units, goal_x, goal_y):
-        """Where a ground unit must head for to get to its goal round the terrain: the goal itself if it lies open."""
+        """Where a ground unit heads to reach its goal round the terrain: the goal itself if it is open."""
         goal_cell = _cell(goal_x, goal_y)  # (B, U)
         waypoint = self._waypoints[
             goal_cell * MAP_SIZE**2 + _cell(units.x, units.y)
@@ -438,8 +437,8 @@ class BattleSim:
         )
 
     def _push(self, off_x, off_y, distance, moves, step_x, step_y):
-        """Displacement (B, U) that undoes overlaps. Friends share it evenly; of two foes the one that walks gives way to
-        the one that stands. Whoever walks slides round, on the side to which its step (B, U) already leads."""
+        """Displacement (B, U) that undoes overlaps. Friends share it evenly; of two foes the one that walks
+        gives way. Whoever walks slides round, on the side to which its step (B, U) already leads."""
         walking = moves.float()  # (B, U)
         share = 1 + self._foe * (walking[:, :, None] - walking[:, None])  # (B, U, U), twice i's share
         apart = (
@@ -517,8 +516,8 @@ def _pack(groups, stats, walkable):
 
 @functools.cache
 def _waypoints(terrain):
-    """Way-finding table, flat (C * C,) int16: entry goal * C + cell is the farthest cell on the shortest path from
-    cell to goal that lies in a straight open line, or -1 where the goal itself does. Cells are x * 32 + y."""
+    """Way-finding table, flat (C * C,) int16: entry goal * C + cell is the farthest cell on the shortest path
+    from cell to goal in a straight open line, or -1 where the goal itself is. A cell is x * 32 + y."""
     walkable = _walkable(terrain)
     cells = np.argwhere(walkable)  # (K, 2)
     count = len(cells)
