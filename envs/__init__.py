@@ -1,4 +1,4 @@
-"""Cooperative multi-agent environments, batched on one device. `make()` builds one, `list_ids()` names them all."""
+"""Cooperative multi-agent environments, batched on one device: `make()` builds one, `list_ids()` names all."""
 
 import difflib
 import importlib
@@ -20,8 +20,8 @@ def list_ids():
 def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`.
 
-    Further keyword arguments go to the environment's class. Raises ValueError for an unknown id, for less than one
-    game and for a device that this machine lacks.
+    Further keyword arguments go to the environment's class. Raises ValueError for an unknown id or less
+    than one game, RuntimeError for a device that this machine lacks.
     """
     names = {name.lower(): name for name in _REGISTRY}
     if env_id.lower() not in names:

@@ -23,7 +23,16 @@ class VecEnv(gymnasium.vector.VectorEnv):
     render_mode = "rgb_array"
 
     def __init__(
-        self, num_envs, n_agents, obs_dim, state_dim, episode_limit, single_action_space, device, seed, validate=True
+        self,
+        num_envs,
+        n_agents,
+        obs_dim,
+        state_dim,
+        episode_limit,
+        single_action_space,
+        device,
+        seed,
+        validate=True,
     ):
         self.num_envs = num_envs
         self.n_agents = n_agents
@@ -42,7 +51,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
         self._obs = self._state = self._avail_actions = None
 
     def reset(self, *, seed=None, options=None):
-        """Start every game anew. `seed` restarts the random stream. Returns obs (B, N, O) and an empty dict."""
+        """Start every game anew. `seed` restarts the random stream. Returns obs (B, N, O) and {}."""
         if seed is not None:
             self.generator.manual_seed(seed)
         everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)  # (B,)
@@ -55,10 +64,10 @@ class VecEnv(gymnasium.vector.VectorEnv):
     def step(self, actions):
         """Play one step of every game: actions (B, N) int64, or (B, N, D) float32 within the bounds.
 
-        Returns obs (B, N, O), reward (B,), terminated (B,), truncated (B,), info. A game that ended has already
-        been restarted in `obs`; `info["final_obs"]`, `["final_state"]`, `["final_avail_actions"]` hold what this step
-        led to in every game, before any restart. `info["episode_return"]` and `["episode_length"]` (B,) count
-        the running episode up to and including this step.
+        Returns obs (B, N, O), reward (B,), terminated (B,), truncated (B,), info. A game that ended has
+        already been restarted in `obs`; `info["final_obs"]`, `["final_state"]`, `["final_avail_actions"]` hold what
+        this step led to in every game, before any restart. `info["episode_return"]` and `["episode_length"]` (B,)
+        count the running episode up to and including this step.
         Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
         """
         if self._obs is None:
@@ -88,7 +97,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
         return self._avail_actions
 
     def _observe_restarted(self, done, final):
-        """Like `_observe()`, right after `_restart(done)`; a subclass may reuse `final`, the features before it."""
+        """Like `_observe()`, right after `_restart(done)`; `final`, the features before it, may be reused."""
         return self._observe()
 
     def _check(self, actions):
@@ -105,11 +114,15 @@ class VecEnv(gymnasium.vector.VectorEnv):
                 raise ValueError(f"discrete actions must be int64, got {actions.dtype}")
             n_actions = self._avail_actions.shape[-1]
             inside = (actions >= 0) & (actions < n_actions)  # (B, N)
-            chosen = self._avail_actions.gather(2, actions.clamp(0, n_actions - 1).unsqueeze(2)).squeeze(2)  # (B, N)
+            chosen = self._avail_actions.gather(2, actions.clamp(0, n_actions - 1).unsqueeze(2)).squeeze(
+                2
+            )  # (B, N)
             wrong = ~(inside & chosen)
         if wrong.any():
             game, agent = (int(i) for i in wrong.nonzero()[0])
             message = f"game {game}, agent {agent}: action {actions[game, agent].tolist()} is not allowed; "
             if isinstance(self.single_action_space, spaces.Box):
                 raise ValueError(message + f"bounds are {low[agent].tolist()} to {high[agent].tolist()}")
-            raise ValueError(message + f"available: {self._avail_actions[game, agent].nonzero().flatten().tolist()}")
+            raise ValueError(
+                message + f"available: {self._avail_actions[game, agent].nonzero().flatten().tolist()}"
+            )

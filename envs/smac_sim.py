@@ -2,8 +2,8 @@
 
 It plays the battles of SMAC's 23 maps with the numbers of the game's own data files (`smac_units.json`: the
 Liberty base values that the maps load; `smac_maps.json`: terrain, spawns and orders from the map archives).
-It is a simulator of SMAC's battles, not StarCraft II: docs/envs.md lists every rule with its value, its source
-and whether it was read or is our choice.
+It is a simulator of SMAC's battles, not StarCraft II: docs/envs.md lists every rule with its value, its
+source and whether it was read or is our choice.
 
 Letters: B games, N agents, M enemies, U = N + M units (agents first, in id order), C terrain cells (32 x 32).
 Distances are in tiles, times in game loops; a "gap" is the distance between the edges of two units.
@@ -319,7 +319,7 @@ class BattleSim:
 
     def _acquire(self, units, distance):
         """Whom each unit goes for (B, U). Agents: whom they were told. Enemies: keep whom the weapon reaches,
-        else the nearest in scan range, else whoever hurt them last; a medivac its patient, else the weakest."""
+        else the nearest in scan range, else who hurt them last; a medivac its patient, else the weakest."""
         n = self.n_agents
         gaps = distance[:, n:, :n] + self._gap_offset  # (B, M, N)
         nearest_gap, nearest = gaps.min(2)  # (B, M)
