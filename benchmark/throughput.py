@@ -1,0 +1,181 @@
+"""Environment steps per second with random legal actions: observation, state, masks and auto-reset included.
+
+    python benchmark/throughput.py
+    python benchmark/throughput.py --peer smax --peer-python /tmp/jaxvenv/bin/python
+
+The peer is SMAX of the registry package jaxmarl, in an interpreter of its own (see docs/benchmark.md). For
+each map and batch size ours in eager mode, ours compiled and the peer take turns, and a number is the median
+of the turns. Compilation and the first steps are not counted. Writes docs/results/throughput.json and .md.
+"""
+
+import argparse
+import gc
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+from benchmark.common import RESULTS, describe, markdown_table, metadata, write_json
+from envs import make
+
+PEER_MAPS = {"smax": ("2s3z", "10m_vs_11m")}  # those that the peer has too, with the same units
+WARM_UP = 100  # steps: longer than a random game, so that the games are no longer in step
+
+
+class Ours:
+    """Our environment under a random policy; `turn(seconds)` returns env steps per second."""
+
+    def __init__(self, env_id, num_envs, compile, device):
+        torch.manual_seed(0)
+        self.device = device
+        options = {"compile": True} if compile else {}
+        self.env = make(env_id, num_envs=num_envs, device=device, seed=0, validate=False, **options)
+        self.env.reset()
+        self.play(WARM_UP)
+
+    @torch.no_grad()
+    def play(self, steps):
+        """A random legal action per agent: legal ones score 1 to 2, the others 0 to 1. Returns seconds."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            avail_actions = self.env.avail_actions()  # (B, N, A)
+            actions = (torch.rand(avail_actions.shape, device=self.device) + avail_actions).argmax(-1)
+            self.env.step(actions)
+            self.env.state()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def turn(self, seconds):
+        steps, spent = 0, 0.0
+        while spent < seconds:
+            spent += self.play(20)
+            steps += 20
+        return steps * self.env.num_envs / spent
+
+
+class Peer:
+    """benchmark/throughput_smax.py in another interpreter, asked line by line; it sleeps while ours plays."""
+
+    def __init__(self, python, threads):
+        script = Path(__file__).with_name("throughput_smax.py")
+        words = [python, str(script), "--threads", str(threads)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.versions = self._read()
+
+    def _read(self):
+        for line in self.process.stdout:
+            if line.startswith("> "):  # anything else is what its libraries print
+                return line[2:].strip()
+        raise SystemExit("throughput.py: the peer ended, see its message above")
+
+    def ask(self, *words):
+        print(*words, file=self.process.stdin, flush=True)
+        return self._read()
+
+    def turn(self, seconds):
+        return float(self.ask("turn", seconds))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(env_id, num_envs, args, peer):
+    """{way: {"steps_per_second": median, "turns": [...]}} of one map and batch size."""
+    ways = {}
+    for compile in [False, True] if args.compile else [False]:
+        ways["compiled" if compile else "eager"] = Ours(env_id, num_envs, compile, args.device)
+    if peer and env_id.lower() in PEER_MAPS[args.peer]:
+        peer.ask("build", env_id, num_envs)
+        ways[args.peer] = peer
+    turns = {name: [] for name in ways}
+    for repeat in range(args.repeats):
+        for name in list(ways)[:: 1 if repeat % 2 == 0 else -1]:
+            turns[name].append(round(ways[name].turn(args.seconds), 1))
+    return {
+        name: {"steps_per_second": statistics.median(values), "turns": values}
+        for name, values in turns.items()
+    }
+
+
+def table_of(results, env_id, threads, peer_name):
+    """Markdown: one line per batch size, the ways and the ratio of our better one to the peer."""
+    chosen = [r for r in results if r["env"] == env_id and r["threads"] == threads]
+    ways = list(chosen[0]["ways"])
+    rows = []
+    for result in chosen:
+        speed = {way: result["ways"][way]["steps_per_second"] for way in ways}
+        row = [result["num_envs"], *(f"{speed[way]:,.0f}" for way in ways)]
+        if peer_name in ways:
+            row.append(
+                f"{max(value for way, value in speed.items() if way != peer_name) / speed[peer_name]:.2f}"
+            )
+        rows.append(row)
+    return markdown_table(["games", *ways, *(["ours / peer"] if peer_name in ways else [])], rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--envs", nargs="+", default=["MMM", "2s3z", "10m_vs_11m", "3m"], help="environment ids"
+    )
+    parser.add_argument("--num-envs", nargs="+", type=int, default=[4, 8, 16, 32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count()], help="one table for each")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager mode only")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", choices=PEER_MAPS, help="measure this simulator in the same run")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter that has the peer installed"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "throughput", help="result files, without suffix"
+    )
+    args = parser.parse_args(argv)
+    command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
+    about = metadata(command, device=args.device) | {"engine": "embedded simulator", "results": []}
+    all_cores = os.sched_getaffinity(0)
+    for threads in args.threads:
+        # both sides get the same cores, because XLA has no setting for its number of threads
+        os.sched_setaffinity(0, sorted(all_cores)[:threads])
+        torch.set_num_threads(threads)
+        peer = Peer(args.peer_python, threads) if args.peer else None
+        about |= {"peer": peer.versions} if peer else {}
+        for env_id in args.envs:
+            for num_envs in args.num_envs:
+                torch.compiler.reset()  # else sizes after the first would be compiled with a variable shape
+                gc.collect()
+                ways = measure(env_id, num_envs, args, peer)
+                about["results"].append(
+                    {"env": env_id, "num_envs": num_envs, "threads": threads, "ways": ways}
+                )
+                write_json(args.out.with_suffix(".json"), about)
+                speeds = "  ".join(f"{name} {way['steps_per_second']:>10,.0f}" for name, way in ways.items())
+                print(f"{env_id:12} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
+        if peer:
+            peer.close()
+        os.sched_setaffinity(0, all_cores)
+    text = "# Throughput\n\nEnvironment steps per second (a step of one game counts as 1), random legal "
+    text += f"actions.\nEmbedded simulator{', beside ' + about['peer'] if args.peer else ''}.\n"
+    for env_id in args.envs:
+        for threads in args.threads:
+            text += f"\n## {env_id}, {threads} thread{'s' if threads > 1 else ''}\n\n"
+            text += table_of(about["results"], env_id, threads, args.peer)
+    args.out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
+    print(f"written: {args.out}.json and .md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The benchmark scripts: what is run, collected, kept and drawn. Nothing here trains or times anything."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmark import common, plot, run_seeds
+
+# stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
+FAKE = """
+import argparse, json, os, pathlib, sys, time
+from torch.utils.tensorboard import SummaryWriter
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed", type=int)
+parser.add_argument("--exp-name")
+parser.add_argument("--run-dir")
+parser.add_argument("--code", default="")
+parser.add_argument("--sleep", type=float, default=0)
+args = parser.parse_args()
+folder = pathlib.Path(args.run_dir) / f"mmm__{args.exp_name}__{args.seed}__0"
+writer = SummaryWriter(folder)
+(folder / "args.json").write_text(json.dumps({"env": "mmm", "seed": args.seed}))
+for step in range(1, 6):
+    writer.add_scalar("eval/win_rate", args.seed * step / 10, 100 * step)
+    writer.add_scalar("losses/critic_loss", 1.0, 100 * step)
+writer.close()
+print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
+time.sleep(args.sleep)
+code = pathlib.Path(args.code)
+sys.exit(int(code.read_text()) if args.code and code.exists() else 0)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A function that calls the runner with `more` on the fake algorithm with `extra`."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+
+    def call(seeds, *more, extra=()):
+        places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+        command = ["--", "python", str(script), *extra]
+        return run_seeds.main(["--name", "x", "--seeds", seeds, *places, *more, *command])
+
+    call.tmp_path = tmp_path
+    return call
+
+
+def test_parse_seeds():
+    assert run_seeds.parse_seeds("1-3,7, 2") == [1, 2, 3, 7]
+    for wrong in ("", "a", "1-", "3-1", "1;2"):
+        with pytest.raises(Exception, match="seed"):
+            run_seeds.parse_seeds(wrong)
+
+
+def test_summary_by_hand():
+    steps = list(range(100, 1100, 100))
+    win = [0.0, 0.1, 0.3, 0.95, 0.5, 0.9, 1.0, 0.8, 0.9, 0.7]
+    curves = {
+        "eval/win_rate": [steps, win, [50.0 + step for step in steps]],
+        "eval/episodic_return": [steps, [float(step) for step in steps], steps],
+        "charts/train_seconds": [[150, 350, 550], [1.0, 3.0, 9.0], [0, 0, 0]],
+    }
+    summary = run_seeds.summarise(curves, start=20.0, metric="eval/win_rate", target=0.90)
+    assert summary == {
+        "best": 1.0,
+        "final": 0.7,
+        "last_fifth": 0.8,  # of 0.9 and 0.7, at 900 and 1000: later than step 800
+        "step_to_target": 400,
+        "train_seconds_to_target": 4.5,  # a quarter of the way from 350 to 550
+        "wall_seconds_to_target": 430.0,  # 50 + 400 - 20
+        "final_return": 1000.0,
+        "last_fifth_return": 950.0,
+        "steps": 1000,
+    }
+    never = run_seeds.summarise(curves, 20.0, "eval/win_rate", 1.5)
+    assert never["step_to_target"] is never["wall_seconds_to_target"] is None and never["best"] == 1.0
+    assert set(run_seeds.summarise({}, 0.0, "eval/win_rate", 0.9).values()) == {None}
+
+
+def test_thin_keeps_means_and_ends():
+    steps, values = run_seeds.thin(list(range(1, 11)), [float(x) for x in range(1, 11)], max_points=4)
+    assert steps == [3, 6, 9, 10] and values == [2.0, 5.0, 8.0, 10.0]
+    assert run_seeds.thin([1, 2], [5.0, 6.0], max_points=2) == ([1, 2], [5.0, 6.0])
+
+
+def test_runs_and_collects(bench, capfd):
+    assert bench("1-3", "--workers", "2", "--threads", "1") == 0
+    report = json.loads((bench.tmp_path / "results" / "x.json").read_text())
+    assert report["seeds"] == [1, 2, 3] and report["failed"] == {} and report["env"] == "mmm"
+    assert report["engine"] == "embedded simulator" and report["hardware"]["threads"] == 1
+    assert report["commit"] == common.commit()["commit"] and "fake.py" in report["command"]
+    curves = report["runs"][1]["curves"]
+    assert set(curves) == {"eval/win_rate"}  # no losses unless asked for
+    assert curves["eval/win_rate"]["step"] == [100, 200, 300, 400, 500]
+    assert curves["eval/win_rate"]["value"] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert report["summary"]["final"] == {"median": 1.0, "n": 3, "min": 0.5, "max": 1.5}
+    # seed 1 never gets to 0.9, seed 2 at 500, seed 3 at 300: the median counts seed 1 as the latest
+    assert report["summary"]["step_to_target"] == {
+        "median": 500,
+        "n": 2,
+        "min": 300,
+        "max": 500,
+    }  # 0.9 in single precision counts
+    with open(bench.tmp_path / "results" / "x.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["final"] for row in rows] == ["0.5", "1.0", "1.5"] and rows[0]["step_to_target"] == ""
+    log = (bench.tmp_path / "runs" / "x" / "seed_2" / "log.txt").read_text()
+    assert "--seed 2" in log and "threads 1" in log
+
+
+def test_finished_runs_are_not_repeated(bench, capfd):
+    assert bench("1") == 0
+    done = bench.tmp_path / "runs" / "x" / "seed_1" / "done.json"
+    before = done.stat().st_mtime_ns
+    assert bench("1-2") == 0
+    assert done.stat().st_mtime_ns == before
+    assert "1 of 2 seeds are already finished" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="another --name"):
+        bench("1-2", extra=["--sleep", "0.01"])
+
+
+def test_failed_run_is_kept_and_tried_again(bench, capfd):
+    code = bench.tmp_path / "code"
+    code.write_text("3")
+    assert bench("1", extra=["--code", str(code)]) == 1
+    folder = bench.tmp_path / "runs" / "x" / "seed_1"
+    assert json.loads((folder / "failed.json").read_text())["exit_code"] == 3
+    assert not (folder / "done.json").exists() and not (bench.tmp_path / "results" / "x.json").exists()
+    assert "FAILED with exit code 3" in capfd.readouterr().out
+    code.unlink()
+    assert bench("1", extra=["--code", str(code)]) == 0
+    assert (folder.with_name("seed_1.old_1") / "failed.json").exists() and (folder / "done.json").exists()
+
+
+def test_interrupt_stops_the_children(bench):
+    words = [sys.executable, "benchmark/run_seeds.py", "--name", "x", "--seeds", "1-2", "--workers", "2"]
+    words += ["--runs", str(bench.tmp_path / "runs"), "--results", str(bench.tmp_path / "results")]
+    words += ["--", "python", str(bench.tmp_path / "fake.py"), "--sleep", "300"]
+    process = subprocess.Popen(
+        words, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    logs = [bench.tmp_path / "runs" / "x" / f"seed_{seed}" / "log.txt" for seed in (1, 2)]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not all(
+        log.exists() and "threads" in log.read_text() for log in logs
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)  # children that outlive it would keep sleeping
+    assert process.returncode == 130 and "stopping 2 runs" in out
+    assert all("KeyboardInterrupt" in log.read_text() for log in logs)
+    assert not any((log.parent / "done.json").exists() for log in logs)
+
+
+def test_command_line_errors(capsys):
+    for words, message in (
+        (["--name", "x", "--seeds", "1"], "command to repeat is missing"),
+        (["--name", "a/b", "--seeds", "1", "--", "true"], "--name may have"),
+        (["--name", "x", "--seeds", "one", "--", "true"], "is no list of seeds"),
+        (["--name", "x", "--seeds", "1", "--workers", "0", "--", "true"], "must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            run_seeds.main(words)
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_interval_is_students_t():
+    mean, half = plot.interval(np.array([[1.0, 0.0], [2.0, 0.0], [6.0, 0.0]]))
+    assert mean.tolist() == [3.0, 0.0]
+    # standard deviation sqrt((4 + 1 + 9) / 2) = 2.6458, t(2) = 4.303
+    np.testing.assert_allclose(half, [4.303 * 7**0.5 / 3**0.5, 0.0])
+    assert plot.interval(np.array([[1.0, 2.0]]))[1].tolist() == [0.0, 0.0]
+
+
+def test_plot_writes_a_picture(tmp_path, capsys):
+    files = []
+    for k, env in enumerate(("mmm", "mmm", "3m")):
+        runs = []
+        for seed in range(1, 4 - k):
+            steps = list(range(0, 1000 + 100 * seed, 100))
+            curve = {"step": steps, "value": [min(1.0, step / (600 + 200 * k + 50 * seed)) for step in steps]}
+            clock = {"step": [0, 2000], "value": [0.0, 7200.0]}
+            runs.append({"seed": seed, "curves": {"eval/win_rate": curve, "charts/train_seconds": clock}})
+        files.append(tmp_path / f"set_{k}.json")
+        report = {"name": f"set_{k}", "env": env, "engine": "embedded simulator", "runs": runs}
+        files[-1].write_text(json.dumps(report))
+    words = [str(file) for file in files]
+    out = plot.main([*words, "--out", str(tmp_path / "pictures" / "p.png"), "--hline", "0.9"])
+    with Image.open(out) as image:
+        assert image.format == "PNG" and image.width > 800 and image.height > 300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 100  # something is drawn
+    steps, _ = plot.curves_of(json.loads(files[0].read_text()), "eval/win_rate", "minutes")[0]
+    assert steps[10] == 60.0  # half of 7200 s at half of 2000 steps
+    plot.main([words[0], "--out", str(tmp_path / "minutes.png"), "--x", "minutes"])
+    with pytest.raises(SystemExit, match="has no curve 'eval/nothing'"):
+        plot.main([words[0], "--tag", "eval/nothing"])
+
+
+def test_json_survives_a_round_trip(tmp_path):
+    content = {"a": [1, 2.5, None], "b": [{"c": {}, "d": []}], "e": {"f": "\"'ü"}, "g": True}
+    common.write_json(tmp_path / "new" / "x.json", content)
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == content
+
+
+# ---- scripted teams ----
+def test_scripted_layout_matches_the_observation():
+    """What a script reads is where the environment puts it, with and without shields and types."""
+    from benchmark.scripted import Layout
+    from envs import make
+
+    for name in ("MMM", "3m", "2s3z", "10m_vs_11m", "2m_vs_1z"):
+        env, layout = make(name, num_envs=2), Layout(name)
+        obs, _ = env.reset()
+        rows = layout.enemies(obs)
+        assert rows.shape == (2, env.n_agents, env.n_enemies, layout.enemy_features)
+        start = 4 + layout.n_enemies * layout.enemy_features + layout.n_allies * layout.ally_features
+        assert 1 <= env.obs_dim - start <= 5  # the own block is left
+        life = layout.ally_life(obs)
+        seen = life > 0
+        assert (life[seen] == 1).all() and not seen.diagonal(dim1=1, dim2=2).any()
+        assert seen.sum() == 2 * env.n_agents * (env.n_agents - 1)  # at the start everybody is near and whole
+
+
+def test_scripted_targets():
+    from benchmark.scripted import EAST, FIRST_TARGET, NO_OP, STOP, Layout, actions_of
+
+    layout = Layout("3m")
+    obs, avail = torch.zeros(1, 3, 30), torch.zeros(1, 3, 9, dtype=torch.bool)
+    avail[0, 0, [STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2]] = True
+    avail[0, 1, [STOP]] = True
+    avail[0, 2, NO_OP] = True
+    rows = layout.enemies(obs)
+    rows[0, 0, :, 1] = torch.tensor([0.6, 0.1, 0.5])  # distance; enemy 1 is near but not in reach
+    rows[0, 0, :, 4] = torch.tensor([0.2, 0.1, 0.9])  # health
+    assert actions_of("nearest", obs, avail, layout, None).tolist() == [[FIRST_TARGET + 2, STOP, NO_OP]]
+    assert actions_of("weakest", obs, avail, layout, None).tolist() == [[FIRST_TARGET, STOP, NO_OP]]
+    assert actions_of("stop", obs, avail, layout, None).tolist() == [[STOP, STOP, NO_OP]]
+    avail[0, 1, EAST] = True
+    assert actions_of("nearest", obs, avail, layout, None)[0, 1] == EAST
+    random = torch.stack([actions_of("random", obs, avail, layout, None) for _ in range(200)])
+    assert set(random[:, 0, 0].tolist()) == {STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2}
