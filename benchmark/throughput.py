@@ -9,6 +9,7 @@ of the turns. Compilation and the first steps are not counted. Writes docs/resul
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import shlex
@@ -89,8 +90,26 @@ class Peer:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def cores(threads):
+    """Keep this process and its children on `threads` cores: XLA has no setting for its number of threads."""
+    before, pinnable = torch.get_num_threads(), hasattr(os, "sched_setaffinity")  # Linux only
+    torch.set_num_threads(threads)
+    if pinnable:
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(allowed)[:threads])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if pinnable:
+            os.sched_setaffinity(0, allowed)
+
+
 def measure(env_id, num_envs, args, peer):
     """{way: {"steps_per_second": median, "turns": [...]}} of one map and batch size."""
+    torch.compiler.reset()  # else sizes after the first would be compiled with a variable shape
+    gc.collect()
     ways = {}
     for compile in [False, True] if args.compile else [False]:
         ways["compiled" if compile else "eager"] = Ours(env_id, num_envs, compile, args.device)
@@ -130,7 +149,7 @@ def main(argv=None):
     parser.add_argument(
         "--envs", nargs="+", default=["MMM", "2s3z", "10m_vs_11m", "3m"], help="environment ids"
     )
-    parser.add_argument("--num-envs", nargs="+", type=int, default=[4, 8, 16, 32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--num-envs", nargs="+", type=int, default=[4, 16, 64, 256, 512, 1024])
     parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count()], help="one table for each")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
@@ -146,27 +165,21 @@ def main(argv=None):
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command, device=args.device) | {"engine": "embedded simulator", "results": []}
-    all_cores = os.sched_getaffinity(0)
     for threads in args.threads:
-        # both sides get the same cores, because XLA has no setting for its number of threads
-        os.sched_setaffinity(0, sorted(all_cores)[:threads])
-        torch.set_num_threads(threads)
-        peer = Peer(args.peer_python, threads) if args.peer else None
-        about |= {"peer": peer.versions} if peer else {}
-        for env_id in args.envs:
-            for num_envs in args.num_envs:
-                torch.compiler.reset()  # else sizes after the first would be compiled with a variable shape
-                gc.collect()
-                ways = measure(env_id, num_envs, args, peer)
-                about["results"].append(
-                    {"env": env_id, "num_envs": num_envs, "threads": threads, "ways": ways}
-                )
-                write_json(args.out.with_suffix(".json"), about)
-                speeds = "  ".join(f"{name} {way['steps_per_second']:>10,.0f}" for name, way in ways.items())
-                print(f"{env_id:12} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
-        if peer:
-            peer.close()
-        os.sched_setaffinity(0, all_cores)
+        with cores(threads):
+            peer = Peer(args.peer_python, threads) if args.peer else None
+            about |= {"peer": peer.versions} if peer else {}
+            for env_id in args.envs:
+                for num_envs in args.num_envs:
+                    ways = measure(env_id, num_envs, args, peer)
+                    about["results"].append(
+                        {"env": env_id, "num_envs": num_envs, "threads": threads, "ways": ways}
+                    )
+                    write_json(args.out.with_suffix(".json"), about)
+                    speeds = "  ".join(f"{name} {x['steps_per_second']:>10,.0f}" for name, x in ways.items())
+                    print(f"{env_id:12} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
+            if peer:
+                peer.close()
     text = "# Throughput\n\nEnvironment steps per second (a step of one game counts as 1), random legal "
     text += f"actions.\nEmbedded simulator{', beside ' + about['peer'] if args.peer else ''}.\n"
     for env_id in args.envs:

@@ -56,7 +56,8 @@ def main():
     )
     parser.add_argument("--threads", type=int, required=True, help="processor cores to use")
     threads = parser.parse_args().threads
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # before the first use of jax
+    if hasattr(os, "sched_setaffinity"):  # Linux; before the first use of jax, which counts the cores then
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     answer(f"SMAX of jaxmarl {jaxmarl.__version__} on jax {jax.__version__} ({jax.default_backend()})")
     for line in sys.stdin:
         word, *values = line.split()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import common, plot, run_seeds
+from benchmark import common, plot, run_seeds, scripted, throughput, update_speed
+from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
 FAKE = """
@@ -214,11 +215,8 @@ def test_json_survives_a_round_trip(tmp_path):
 # ---- scripted teams ----
 def test_scripted_layout_matches_the_observation():
     """What a script reads is where the environment puts it, with and without shields and types."""
-    from benchmark.scripted import Layout
-    from envs import make
-
     for name in ("MMM", "3m", "2s3z", "10m_vs_11m", "2m_vs_1z"):
-        env, layout = make(name, num_envs=2), Layout(name)
+        env, layout = make(name, num_envs=2), scripted.Layout(name)
         obs, _ = env.reset()
         rows = layout.enemies(obs)
         assert rows.shape == (2, env.n_agents, env.n_enemies, layout.enemy_features)
@@ -231,9 +229,9 @@ def test_scripted_layout_matches_the_observation():
 
 
 def test_scripted_targets():
-    from benchmark.scripted import EAST, FIRST_TARGET, NO_OP, STOP, Layout, actions_of
-
-    layout = Layout("3m")
+    actions_of, EAST, FIRST_TARGET = scripted.actions_of, scripted.EAST, scripted.FIRST_TARGET
+    STOP, NO_OP = scripted.STOP, scripted.NO_OP
+    layout = scripted.Layout("3m")
     obs, avail = torch.zeros(1, 3, 30), torch.zeros(1, 3, 9, dtype=torch.bool)
     avail[0, 0, [STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2]] = True
     avail[0, 1, [STOP]] = True
@@ -248,3 +246,32 @@ def test_scripted_targets():
     assert actions_of("nearest", obs, avail, layout, None)[0, 1] == EAST
     random = torch.stack([actions_of("random", obs, avail, layout, None) for _ in range(200)])
     assert set(random[:, 0, 0].tolist()) == {STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2}
+
+
+# ---- speed: only that the scripts run and write what they say ----
+def test_throughput_writes_its_table(tmp_path, capsys):
+    throughput.main(
+        ["--envs", "3m", "--num-envs", "4", "8", "--threads", "1", "--seconds", "0.01", "--repeats", "2"]
+        + ["--no-compile", "--out", str(tmp_path / "t")]
+    )
+    results = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert [x["num_envs"] for x in results] == [4, 8]
+    assert all(
+        len(x["ways"]["eager"]["turns"]) == 2 and min(x["ways"]["eager"]["turns"]) > 0 for x in results
+    )
+    assert "| games | eager |" in (tmp_path / "t.md").read_text()
+
+
+def test_throughput_table_names_the_ratio():
+    ways = {"eager": 100.0, "compiled": 300.0, "smax": 200.0}
+    ways = {name: {"steps_per_second": speed} for name, speed in ways.items()}
+    results = [{"env": "2s3z", "num_envs": 4, "threads": 1, "ways": ways}]
+    assert throughput.table_of(results, "2s3z", 1, "smax").endswith("| 4 | 100 | 300 | 200 | 1.50 |\n")
+
+
+def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(update_speed, "T", 3)
+    update_speed.main(["--threads", "1", "--repeats", "1", "--out", str(tmp_path / "u")])
+    results = json.loads((tmp_path / "u.json").read_text())["results"]
+    assert [x["way"] for x in results] == ["default", "paper", "official stand-in"]
+    assert all(x["seconds"] > 0 for x in results)

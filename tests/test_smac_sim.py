@@ -1,7 +1,7 @@
 """The battle simulator against numbers worked out by hand from smac_units.json and smac_maps.json.
 
-Nothing is imported from the simulator but the simulator itself: every expected number stands in a comment with
-its arithmetic. A scene is a real map on which all units but the named ones are dead; delays are zero unless said.
+Nothing is imported from the simulator but the simulator itself: every expected number stands in a comment
+with its arithmetic. A scene is a real map on which all but the named units are dead; delays are mostly zero.
 
 When shot k (k = 0, 1, ...) of a weapon falls: the weapon is ready at k * period, and loop t fires whatever is
 ready before t + 1, so it falls in loop floor(k * period), after which floor(k * period) + 1 loops are over.
@@ -43,7 +43,7 @@ def change(units, field, index, value):
 
 
 def scene(name, **placed):
-    """`u3=(x, y)` or `u3=(x, y, {"hp": 8})`: unit 3 stands there, all others are dead. -> sim, units (B = 1)."""
+    """`u3=(x, y)` or `u3=(x, y, {"hp": 8})`: unit 3 stands there, all others are dead. -> sim, units."""
     sim, units = start(name)
     units = units._replace(hp=torch.zeros_like(units.hp), walks=torch.zeros_like(units.walks))
     for key, (x, y, *fields) in placed.items():
