@@ -60,11 +60,11 @@ class Args:
     """where everything lives; auto takes cuda if there is one"""
     compile: bool = False
     """torch.compile the step of the training games"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 500_000
     """environment steps of the run; one step of one game counts as 1"""
-    num_envs: int = 8
+    num_envs: int = 16
     """games played in parallel"""
-    eval_every: int = 10_000
+    eval_every: int = 20_000
     """environment steps between two evaluations (0: none)"""
     eval_episodes: int = 128
     """games of one evaluation, all in parallel"""

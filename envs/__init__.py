@@ -1,4 +1,4 @@
-"""Cooperative multi-agent environments, batched on one device: `make()` builds one, `list_ids()` names all."""
+"""Cooperative multi-agent environments, batched on one device: `make()` builds, `list_ids()` names."""
 
 import difflib
 import importlib

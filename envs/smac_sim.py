@@ -28,6 +28,7 @@ SHIELD_REGEN = 2.0 / LOOPS_PER_SECOND
 MIN_DAMAGE = 0.5  # of a hit on life, after armour
 SCAN_RANGE = 5.0  # gap at which an enemy notices a target, unless its weapon reaches further
 RESPONSE_RANGE = 21.0  # gap at which an enemy still answers whoever hurt it last
+CALL_FOR_HELP_RANGE = 4.0  # tiles within which it also answers whoever hurt a comrade
 HEAL_SCAN_RANGE = 6.0  # gap at which the enemy medivac notices a wounded unit
 HEAL_MIN_ENERGY = 5.0  # energy that the enemy medivac needs to begin a heal
 ARRIVAL_RANGE = 1.5  # an enemy this close to its attack point stops walking
@@ -253,7 +254,9 @@ class BattleSim:
         move_y = (actions == 2).float() - (actions == 3).float()  # (B, N)
         chosen = actions - 6  # enemy id; for a medivac the id of an agent
         target = torch.where(self._medic[:n], chosen, chosen + n)  # (B, N)
-        target = torch.where(chosen >= 0, target, -1)
+        # the game refuses an attack on what the weapon cannot hit (marauder, medivac): the unit stands
+        possible = self._medic[:n] | self._can_hit[self._index[:n], target.clamp(min=0)]  # (B, N)
+        target = torch.where((chosen >= 0) & possible, target, -1)
         return units._replace(
             target=torch.cat([target, units.target[:, n:]], 1),
             goal_x=torch.cat([units.x[:, :n] + MOVE_DISTANCE * move_x, units.goal_x[:, n:]], 1),
@@ -276,7 +279,7 @@ class BattleSim:
 
         fires = in_reach & self._armed & (units.cooldown < 1)  # ready within this loop
         strikes, second_hit, second_target = self._second_hits(units, fires, target, engaged, gap)
-        life_loss, shield = self._damage(units, x, y, alive, strikes, target)
+        life_loss, shield = self._damage(units, x, y, strikes, target, second_target)
         healed, energy = self._heal(units, in_reach, aimed)
         hp = units.hp - life_loss
         dying = units.dying
@@ -289,14 +292,14 @@ class BattleSim:
 
         moves = alive & torch.where(engaged, ~in_reach, units.walks)  # (B, U)
         new_x, new_y, speed = self._walk(units, x, y, moves, engaged, aimed)
-        push_x, push_y = self._push(off_x, off_y, distance, moves, new_x - x, new_y - y)
+        push_x, push_y = self._push(off_x, off_y, distance, speed > 0, new_x - x, new_y - y)
         new_x, new_y = self._stay_on_terrain(units.x, units.y, new_x + push_x, new_y + push_y)
 
         hurt = (life_loss > 0) | (shield < units.shield)  # (B, U)
         aimed = torch.where(strikes, target, self.n_units)  # (B, U), the last column collects misses
-        attacker = torch.cat([units.attacker, aimed[:, :1]], 1).scatter(
-            1, aimed, self._index.expand_as(aimed)
-        )[:, :-1]
+        nobody = torch.full_like(aimed[:, :1], self.n_units).expand(-1, self.n_units + 1)
+        striker = nobody.scatter_reduce(1, aimed, self._index.expand_as(aimed), "amin")[:, :-1]  # (B, U)
+        attacker = torch.where(striker < self.n_units, striker, units.attacker)  # of several the first
         since_hit = torch.where(hurt, 0.0, units.since_hit + 1)
         if self._has_shields:
             shield = torch.where(since_hit >= SHIELD_DELAY, shield + SHIELD_REGEN, shield)
@@ -319,7 +322,8 @@ class BattleSim:
 
     def _acquire(self, units, distance):
         """Whom each unit goes for (B, U). Agents: whom they were told. Enemies: keep whom the weapon reaches,
-        else the nearest in scan range, else who hurt them last; a medivac its patient, else the weakest."""
+        else the nearest in scan range, else who hurt them or a comrade; a medivac keeps its patient, else the
+        weakest."""
         n = self.n_agents
         gaps = distance[:, n:, :n] + self._gap_offset  # (B, M, N)
         nearest_gap, nearest = gaps.min(2)  # (B, M)
@@ -330,6 +334,11 @@ class BattleSim:
             )  # (B, M)
 
         target, attacker = units.target[:, n:], units.attacker[:, n:]  # (B, M)
+        comrade = distance[:, n:, n:] <= CALL_FOR_HELP_RANGE  # (B, M, M)
+        called = torch.where(comrade, attacker[:, None], -1).amax(
+            2
+        )  # (B, M), against whom a comrade calls for help
+        attacker = torch.where(gap_to(attacker) <= RESPONSE_RANGE, attacker, called)
         second_choice = torch.where(gap_to(attacker) <= RESPONSE_RANGE, attacker, -1)
         fresh = torch.where(nearest_gap <= self._scan, nearest, second_choice)
         chosen = torch.where(gap_to(target) <= self._reach[n:], target, fresh)
@@ -352,16 +361,18 @@ class BattleSim:
         if not self._has_double_hits:
             return fires, units.second_hit, units.second_target
         held = engaged & (target == units.second_target) & (gap <= self._reach + self._slop)  # (B, U)
+        if self._has_colossi:  # a beam sweeps its line whatever becomes of the target
+            held = held.index_fill(1, self._colossi, True) & (units.hp > 0)
         lands = (units.second_hit == 1) & held
         waiting = torch.where(held, (units.second_hit - 1).clamp(min=0), 0.0)
         second_hit = torch.where(fires, self._second_delay, waiting)
         return fires | lands, second_hit, torch.where(fires, target, units.second_target)
 
-    def _damage(self, units, x, y, alive, strikes, target):
+    def _damage(self, units, x, y, strikes, target, second_target):
         """Hits of this loop -> life lost (B, U) and shields left (B, U)."""
         hits = torch.where(strikes, target, -1)[:, :, None] == self._index  # (B, U, U) striker, victim
         if self._has_colossi:
-            hits = hits.index_copy(1, self._colossi, self._lance(x, y, strikes, target))
+            hits = hits.index_copy(1, self._colossi, self._lance(units, x, y, strikes, second_target))
         if self._has_banelings:
             hits = hits.index_copy(1, self._banelings, self._burst(units, x, y, strikes))
         if self._has_shields:
@@ -377,11 +388,11 @@ class BattleSim:
             shield = units.shield
         return life, shield
 
-    def _lance(self, x, y, strikes, target):
+    def _lance(self, units, x, y, strikes, target):
         """Victims (B, colossi, U) of the colossi's beams: a line through the target, across the fire."""
         rows = self._colossi
         aimed = target[:, rows].clamp(min=0)  # (B, colossi)
-        target_x, target_y = x.gather(1, aimed), y.gather(1, aimed)
+        target_x, target_y = units.x.gather(1, aimed), units.y.gather(1, aimed)  # even if it is dead
         fire_x, fire_y = target_x - x[:, rows], target_y - y[:, rows]
         length = torch.hypot(fire_x, fire_y).clamp(min=1e-6)
         fire_x, fire_y = (fire_x / length)[:, :, None], (fire_y / length)[:, :, None]
@@ -569,4 +580,14 @@ def _waypoints(terrain):
     # a goal inside a wall is approached like the walkable cell nearest to it
     everywhere = np.argwhere(np.ones_like(walkable))
     nearest = flat[((everywhere[:, None] - cells[None]) ** 2).sum(-1).argmin(1)]
-    return table[nearest].reshape(-1)
+    table = table[nearest]
+    # where only a colossus may stand, by way of the cell beside it that is nearest on foot
+    climbable = _climbable(terrain)
+    for goal in [] if climbable is None else np.argwhere(climbable & ~walkable):
+        beside = np.hypot(*(cells - goal).T)  # (K,)
+        doors = np.flatnonzero(beside <= beside.min() + 0.5)
+        door = doors[length[doors].argmin(0)]  # (K,), of every cell
+        onward = table[flat[door], flat]  # (K,)
+        onward = np.where((onward < 0) & (door != here[0]), flat[door], onward)
+        table[goal[0] * MAP_SIZE + goal[1], flat] = onward
+    return table.reshape(-1)
