@@ -14,7 +14,7 @@ Differs from the paper:
 2. targets use the current policies, there are no target actors, as in the official code;
 3. an episode ended by the clock bootstraps from E_pi[Q_tot] of its last observation: no action follows it.
 Without `--setting paper` also, to win in less time (docs/dop_stochastic.md):
-4. 8 games, not 4; 8 critic minibatches per iteration at 5e-4, not one full batch at 1e-4;
+4. 16 games, not 4; 8 critic minibatches per iteration at 5e-4, not one full batch at 1e-4;
 5. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 6. the local critics share their two layers and keep a head each, instead of a network each;
 7. their last layer starts at zero and the actor waits for `critic_warmup` iterations, because RMSprop, which
