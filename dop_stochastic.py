@@ -60,7 +60,7 @@ class Args:
     """where everything lives; auto takes cuda if there is one"""
     compile: bool = False
     """torch.compile the step of the training games"""
-    total_timesteps: int = 300_000
+    total_timesteps: int = 500_000
     """environment steps of the run; one step of one game counts as 1"""
     num_envs: int = 16
     """games played in parallel"""
