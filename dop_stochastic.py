@@ -155,9 +155,10 @@ def parse_args():
     if run and args.env.lower() != Args(**overrides).env.lower():
         fail(f"{run} is a run of {overrides['env']}, not of {args.env}")
     for name, value in vars(args).items():
-        low, high = (int(name not in MAY_BE_ZERO), math.inf) if type(value) is int else (0, 1)
-        if type(value) in (int, float) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
+        low = int(name not in MAY_BE_ZERO) if type(value) is int else 0.0
+        if type(value) in (int, float) and not low <= value <= (1.0 if type(value) is float else math.inf):
+            limits = "from 0 to 1" if type(value) is float else f"at least {low}"
+            fail(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     return args
 
 
@@ -416,7 +417,7 @@ def load(run, parts, generators):
         for generator, state in zip(generators, checkpoint["rng"], strict=True):
             generator.set_state(state)
     except Exception as error:  # a broken file may fail anywhere in the unpickler
-        fail(f"cannot use {run}/model.pt: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        fail(f"{run}/model.pt is broken or not from this algorithm ({type(error).__name__}); start a new run")
     return checkpoint
 
 
@@ -506,10 +507,10 @@ if __name__ == "__main__":
     device = torch.device(auto if args.device == "auto" else args.device)
     torch.manual_seed(args.seed)
     try:
-        generator = torch.Generator(device).manual_seed(args.seed)
         options = {"compile": True} if args.compile else {}
         env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
+        generator = torch.Generator(device).manual_seed(args.seed)
     except (ValueError, RuntimeError) as error:
         fail(error)
     if not isinstance(env.single_action_space, gymnasium.spaces.MultiDiscrete):

@@ -5,6 +5,8 @@ import importlib
 import json
 from pathlib import Path
 
+import torch
+
 from envs.base import VecEnv
 
 _SMAC_MAPS = json.loads((Path(__file__).parent / "smac_maps.json").read_text())["maps"]
@@ -20,8 +22,8 @@ def list_ids():
 def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`.
 
-    Further keyword arguments go to the environment's class. Raises ValueError for an unknown id or less
-    than one game, RuntimeError for a device that this machine lacks.
+    Further keyword arguments go to the environment's class. Raises ValueError for an unknown id, for less
+    than one game and for a GPU that this machine lacks.
     """
     names = {name.lower(): name for name in _REGISTRY}
     if env_id.lower() not in names:
@@ -31,6 +33,8 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
             f"unknown environment {env_id!r}: {hint}"
             "List all with: python -c 'import envs; print(*envs.list_ids())'"
         )
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees no GPU here; use 'cpu'")
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
     module, cls, arguments = _REGISTRY[names[env_id.lower()]]

@@ -482,10 +482,10 @@ def test_nan_stops_the_run_with_step_and_name(run):
     "flags, words",
     [
         (["--env", "mmmm"], "unknown environment 'mmmm'"),
-        (["--num-envs", "0"], "--num-envs must be from 1"),
-        (["--critic-updates", "0"], "--critic-updates must be from 1"),
-        (["--total-timesteps", "-5"], "--total-timesteps must be from 1"),
-        (["--eval-every", "-1"], "--eval-every must be from 0"),
+        (["--num-envs", "0"], "--num-envs must be at least 1"),
+        (["--critic-updates", "0"], "--critic-updates must be at least 1"),
+        (["--total-timesteps", "-5"], "--total-timesteps must be at least 1"),
+        (["--eval-every", "-1"], "--eval-every must be at least 0"),
         (["--critic-lr", "-0.1"], "--critic-lr must be from 0"),
         (["--gamma", "1.5"], "--gamma must be from 0 to 1"),
         (["--kappa", "nan"], "--kappa must be from 0 to 1"),
@@ -511,13 +511,13 @@ def test_broken_and_foreign_checkpoints_get_one_sentence(run):
 
     assert "run of toy, not of Toy2" in message("--resume", str(folder), env="Toy2")
     assert "run of toy, not of Toy2" in message("--evaluate", str(folder), env="Toy2")
-    assert "cannot use" in message("--resume", str(folder), "--separate-critics")
+    assert "is broken or not from this" in message("--resume", str(folder), "--separate-critics")
     whole = (folder / "model.pt").read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (folder / "model.pt").write_bytes(broken)
-        assert "cannot use" in message("--resume", str(folder))
+        assert "is broken or not from this" in message("--resume", str(folder))
     (folder / "model.pt").unlink()
-    assert "cannot use" in message("--evaluate", str(folder))
+    assert "is broken or not from this" in message("--evaluate", str(folder))
     (folder / "args.json").write_text('{"env": "toy", "alpha": 1}')
     assert "no run folder of this algorithm" in message("--resume", str(folder))
 
