@@ -12,11 +12,12 @@ from benchmark.common import RESULTS
 
 HEADER = """# Results
 
-Written by `python benchmark/report.py` from the JSON files beside it; [docs/benchmark.md](../benchmark.md) tells
-how they were made. `best`, `final` and `last fifth` are greedy win rates over 128 games (last fifth: mean of the
-evaluations after 80% of the steps). `to 0.9` is the first evaluation at a win rate of 0.90 or more: environment
-steps, and minutes since the launch of the process, compilation and evaluations included. Median over seeds (worst
-seed); a seed that never got there counts as later than all others and is shown as "-".
+Written by `python benchmark/report.py` from the JSON files beside it;
+[docs/benchmark.md](../benchmark.md) tells how they were made. `best`, `final` and `last fifth` are
+greedy win rates over 128 games (last fifth: mean of the evaluations after 80% of the steps). `to 0.9` is
+the first evaluation at a win rate of 0.90 or more: environment steps, and minutes since the launch of
+the process, compilation and evaluations included. Median over seeds (worst seed); a seed that never got
+there counts as later than all others and is shown as "-".
 """
 OTHER = {
     "throughput": "Environment steps per second, beside SMAX",
@@ -65,7 +66,12 @@ def section(report):
         values = [run["summary"][key] for key in keys]
         shown = ["-" if value is None else f"{value:.2f}".removesuffix(".00") for value in values]
         lines.append(f"| {run['seed']} | " + " | ".join(shown) + " |")
-    row = [f"[{name}](#{name})", report["env"], str(len(report["runs"])), f"{summary['steps']['median']:,}"]
+    row = [
+        f"[{name}](#{name})",
+        report["env"],
+        str(len(report["runs"])),
+        f"{summary['steps']['median']:,.0f}",
+    ]
     row += [cell(summary, key, "min") for key in ("best", "final", "last_fifth")]
     row += [
         cell(summary, "step_to_target", "max", 1e3, 0) + "k",

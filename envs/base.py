@@ -65,9 +65,9 @@ class VecEnv(gymnasium.vector.VectorEnv):
         """Play one step of every game: actions (B, N) int64, or (B, N, D) float32 within the bounds.
 
         Returns obs (B, N, O), reward (B,), terminated (B,), truncated (B,), info. A game that ended has
-        already been restarted in `obs`; `final_obs`, `final_state` and `final_avail_actions` of info hold what this
-        step led to in every game, before any restart. `episode_return` and `episode_length` (B,) of info count
-        the running episode up to and including this step.
+        already been restarted in `obs`; `final_obs`, `final_state` and `final_avail_actions` of info
+        hold what this step led to in every game, before any restart. `episode_return` and
+        `episode_length` (B,) of info count the running episode up to and including this step.
         Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
         """
         if self._obs is None:
