@@ -12,6 +12,8 @@ Distances are in tiles, times in game loops; a "gap" is the distance between the
 import functools
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +71,10 @@ class BattleSim:
         stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
         battle = facts["maps"][map_name]
         self.device = torch.device(device)
+        if compile and self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError(
+                "compiling for the CPU needs a C++ compiler: install g++ or set CXX, or do not compile"
+            )
         self.n_agents, self.n_enemies = battle["n_agents"], battle["n_enemies"]
         self.n_units = self.n_agents + self.n_enemies
         self._order = battle["enemy_order"]

@@ -999,3 +999,9 @@ def test_compiled_loop_equals_eager():
         fast, units = compiled(units, delay), sim.game_loop(units, delay)
         for first, second in zip(fast, units, strict=True):
             assert torch.allclose(first.float(), second.float(), atol=1e-5)
+
+
+def test_compiling_without_a_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="install g"):
+        BattleSim("3m", compile=True)
