@@ -12,9 +12,11 @@ B games or episodes, T time, N agents, A actions, O observation, S state, H hidd
 Differs from the paper:
 1. epsilon is a floor inside the policy and the mixture is differentiated, as in COMA and the official code;
 2. targets use the current policies, there are no target actors, as in the official code;
-3. an episode ended by the clock bootstraps from E_pi[Q_tot] of its last observation: no action follows it.
+3. an episode ended by the clock bootstraps from E_pi[Q_tot] of its last observation: no action follows it;
+   replayed observations and states are in half precision, to halve the memory.
 Without `--setting paper` also, to win in less time (docs/dop_stochastic.md):
-4. 16 games, not 4; 8 critic minibatches per iteration at 5e-4, not one full batch at 1e-4;
+4. 16 games, not 4; 8 critic minibatches per iteration at 5e-4, not one full batch at 1e-4; a target copied
+   every 10 iterations, not 8 (the paper leaves the last two open);
 5. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 6. the local critics share their two layers and keep a head each, instead of a network each;
 7. their last layer starts at zero and the actor waits for `critic_warmup` iterations, because RMSprop, which
@@ -130,7 +132,7 @@ class Args:
 PRESETS = {
     "paper": dict(
         num_envs=4, critic_lr=1e-4, actor_gradient="sampled", separate_critics=True, epsilon_start=1.0,
-        epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8,
+        epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
 MAY_BE_ZERO = {"seed", "eval_every", "save_every", "critic_warmup"}
@@ -143,7 +145,7 @@ def fail(message):
 
 def parse_args():
     """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
-    first = tyro.cli(Args)
+    first = tyro.cli(Args, description=__doc__)
     overrides = PRESETS.get(getattr(first, "setting", None), {}) | PRESETS.get(first.env.lower(), {})
     if run := first.resume or first.evaluate:
         try:
@@ -151,9 +153,10 @@ def parse_args():
             Args(**overrides)
         except (OSError, TypeError, ValueError) as error:
             fail(f"{run} is no run folder of this algorithm: {error}")
-    args = tyro.cli(Args, default=Args(**overrides))
-    if run and args.env.lower() != Args(**overrides).env.lower():
-        fail(f"{run} is a run of {overrides['env']}, not of {args.env}")
+    args = tyro.cli(Args, description=__doc__, default=Args(**overrides))
+    for name in ("env", "setting") if run else ():
+        if getattr(args, name).lower() != overrides[name].lower():
+            fail(f"{run} has the {name} {overrides[name]}, which cannot become {getattr(args, name)}")
     for name, value in vars(args).items():
         low = int(name not in MAY_BE_ZERO) if type(value) is int else 0.0
         if type(value) in (int, float) and not low <= value <= (1.0 if type(value) is float else math.inf):
@@ -321,7 +324,9 @@ class EpisodeBuffer:
             return torch.empty(capacity + num_envs, episode_limit + 1, *shape, dtype=dtype, device=device)
 
         self.steps = {
-            "obs": new(torch.half, n_agents, obs_dim),  # NOTE: half the memory; features lie in [-1, 1]
+            "obs": new(
+                torch.half, n_agents, obs_dim
+            ),  # NOTE: half the memory, three digits of features of about 1
             "state": new(torch.half, state_dim),
             "avail_actions": new(torch.bool, n_agents, n_actions),
             "actions": new(torch.int64, n_agents),
@@ -400,22 +405,31 @@ def evaluate(actor, env, video=None):
 
 
 # ---- saving ----
-def save(run, args, parts, generators, **progress):
+def due(every, global_step, num_envs, last):
+    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
+    return every > 0 and (global_step % every < num_envs or last)
+
+
+def save(run, args, parts, generators, global_step, iteration, train_seconds):
     """Write run/model.pt under another name, then rename it: no crash leaves half a checkpoint."""
+    progress = {"global_step": global_step, "iteration": iteration, "train_seconds": train_seconds}
     checkpoint = {"args": vars(args), "rng": [generator.get_state() for generator in generators], **progress}
     checkpoint |= {name: part.state_dict() for name, part in parts.items()}
     torch.save(checkpoint, Path(run, "model.pt.tmp"))
     Path(run, "model.pt.tmp").replace(Path(run, "model.pt"))
 
 
-def load(run, parts, generators):
+def load(run, parts, generators=()):
     """Put run/model.pt back into networks, optimisers and generators; returns the whole checkpoint."""
+    if not Path(run, "model.pt").exists():
+        fail(f"{run} has no model.pt: it was stopped before its first checkpoint")
     try:
         checkpoint = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        for generator, state in zip(generators, checkpoint["rng"], strict=True):
-            generator.set_state(state)
+        for generator, state in zip(generators, checkpoint["rng"], strict=False):
+            if state.shape == generator.get_state().shape:  # else it comes from another kind of device
+                generator.set_state(state)
     except Exception as error:  # a broken file may fail anywhere in the unpickler
         fail(f"{run}/model.pt is broken or not from this algorithm ({type(error).__name__}); start a new run")
     return checkpoint
@@ -449,7 +463,7 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
     on, off = Batch(*(x[:n] for x in batch)), Batch(*(x[n:] for x in batch))
     mask, actions = batch.mask, batch.actions.unsqueeze(-1)  # (B, T), (B, T, N, 1)
 
-    # actor; its forward pass also serves the targets
+    # actor; its forward pass also serves the on-policy targets
     pi = policy(actor, on, epsilon)  # (n, T + 1, N, A)
     if train_actor:
         q_values, k, _ = evaluate_steps(critic, on.state[:, :-1], on.mask)
@@ -461,6 +475,7 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
 
     # targets
     with torch.no_grad():
+        # of the policies before the actor's step on-policy, after it off-policy: one pass each is enough
         pi = torch.cat([pi, policy(actor, off, epsilon)])  # (B, T + 1, N, A)
         entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:n, :-1]  # (n, T, N)
         q_values, k, b = evaluate_steps(critic_target, batch.state, F.pad(mask, (1, 0), value=True))
@@ -507,42 +522,51 @@ if __name__ == "__main__":
     device = torch.device(auto if args.device == "auto" else args.device)
     torch.manual_seed(args.seed)
     try:
-        options = {"compile": True} if args.compile else {}
+        options = {"compile": True} if args.compile and not args.evaluate else {}
         env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
-        generator = torch.Generator(device).manual_seed(args.seed)
     except (ValueError, RuntimeError) as error:
         fail(error)
     if not isinstance(env.single_action_space, gymnasium.spaces.MultiDiscrete):
         fail(f"{args.env} has continuous actions; this algorithm needs discrete ones")
     n_agents, n_actions = env.n_agents, int(env.single_action_space.nvec[0])
+    generator = torch.Generator(device).manual_seed(args.seed)
 
     # ---- networks and storage ----
     actor = Actor(env.obs_dim, n_agents, n_actions, hidden_dim=64).to(device)
+    if run := args.evaluate:
+        global_step = load(run, {"actor": actor})["global_step"]
+        results = evaluate(actor, eval_env, Path(run, "evaluate.gif") if args.capture_video else None)
+        print("run | step |", " | ".join(results))
+        print(run, "|", global_step, "|", " | ".join(f"{x:.3f}" for x in results.values()))
+        sys.exit()
     critic_options = dict(hidden_dim=256, separate=args.separate_critics, zero_init=args.critic_warmup > 0)
     critic = DecomposedCritic(env.state_dim, n_agents, n_actions, **critic_options).to(device)
     critic_target = copy.deepcopy(critic)
     actor_optimizer = torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5)
     critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5)
+    optimizers = (actor_optimizer, critic_optimizer)
     parts = {"actor": actor, "critic": critic, "critic_target": critic_target}
     parts |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    sizes = (env.episode_limit, n_agents, env.obs_dim, env.state_dim, n_actions)
-    buffer = EpisodeBuffer(args.off_policy_size, args.num_envs, *sizes, device)
     draws = [(args.on_policy_batch, args.on_policy_size), (args.off_policy_batch, args.off_policy_size)]
-    if any(n > size for n, size in draws) or args.num_envs > args.off_policy_size:
-        fail("a buffer is smaller than its batch or than the number of games")
+    if any(n > size for n, size in draws) or args.off_policy_size < max(args.on_policy_size, args.num_envs):
+        fail(
+            "a batch is larger than its buffer, or --off-policy-size less than --on-policy-size or --num-envs"
+        )
     draws = draws[:1] if args.tree_backup == "none" else draws
+    sizes = (env.episode_limit, n_agents, env.obs_dim, env.state_dim, n_actions)
+    try:
+        buffer = EpisodeBuffer(args.off_policy_size, args.num_envs, *sizes, device)
+    except RuntimeError:
+        fail(f"no memory for {args.off_policy_size} episodes of {args.env}; lower --off-policy-size")
 
     # ---- run folder ----
-    run = args.resume or args.evaluate
-    checkpoint = load(run, parts, (generator, env.generator)) if run else {}
+    run, generators = args.resume, (generator, env.generator)
+    checkpoint = load(run, parts, generators) if run else {}
     global_step, iteration = checkpoint.get("global_step", 0), checkpoint.get("iteration", 0)
     train_seconds = checkpoint.get("train_seconds", 0.0)
-    if args.evaluate:
-        results = evaluate(actor, eval_env, Path(run, "evaluate.gif") if args.capture_video else None)
-        print("run | step |", " | ".join(results))
-        print(run, "|", global_step, "|", " | ".join(f"{x:.3f}" for x in results.values()))
-        sys.exit()
+    if global_step >= args.total_timesteps:
+        fail(f"{run} is at step {global_step} already; raise --total-timesteps to go on")
     run = run or f"{args.run_dir}/{args.env.lower()}__{args.exp_name}__{args.seed}__{int(time.time())}"
     writer = SummaryWriter(run, purge_step=global_step + 1 if checkpoint else None)
     Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -585,24 +609,24 @@ if __name__ == "__main__":
                 continue
             iteration += 1
             losses = update(
-                args, actor, critic, critic_target, (actor_optimizer, critic_optimizer),
-                buffer.sample(draws, generator), epsilon, generator, iteration > args.critic_warmup,
+                args, actor, critic, critic_target, optimizers, buffer.sample(draws, generator), epsilon,
+                generator, train_actor=iteration > args.critic_warmup,
             )  # fmt: skip
             losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
-            for name, value in losses.items():
-                if not math.isfinite(value):
-                    writer.close()
-                    fail(f"{name} is {value} at step {global_step}; {run}/model.pt, if there, is from before")
+            if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+                writer.close()
+                fail(
+                    f"{bad[0]} is {losses[bad[0]]} at step {global_step}; model.pt, if there, is from before"
+                )
             if iteration % args.target_period == 0:
                 critic_target.load_state_dict(critic.state_dict())
         train_seconds += time.perf_counter() - started
 
         # log
         sps = (global_step - start_step) / (train_seconds - start_seconds)
-        finished = stop or global_step >= args.total_timesteps
-        due = lambda every: every and (global_step % every < args.num_envs or finished)  # noqa: B023, E731
+        last = global_step >= args.total_timesteps
         bar.update(args.num_envs)
-        if recent and due(1_000):
+        if recent and due(1_000, global_step, args.num_envs, last):
             charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) | {"SPS": sps}
             bar.set_postfix(charts)
             charts |= {"epsilon": epsilon, "train_seconds": train_seconds}
@@ -611,18 +635,21 @@ if __name__ == "__main__":
                     writer.add_scalar(f"{group}/{name}", value, global_step)
 
         # evaluate, save
-        if due(args.eval_every) and not stop:
-            video = Path(run, f"{global_step}.gif") if args.capture_video else None
-            results = evaluate(actor, eval_env, video)
+        if due(args.eval_every, global_step, args.num_envs, last) and not stop:
+            results = evaluate(
+                actor, eval_env, Path(run, f"{global_step}.gif") if args.capture_video else None
+            )
             for name, value in results.items():
                 writer.add_scalar(f"eval/{name}", value, global_step)
             line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
             tqdm.write(f"step {global_step}, {sps:.0f} steps/s, greedy {line}")
-        if due(args.save_every) or finished:
-            progress = {"global_step": global_step, "iteration": iteration, "train_seconds": train_seconds}
-            save(run, args, parts, (generator, env.generator), **progress)
+        if due(args.save_every, global_step, args.num_envs, last=False):
+            save(run, args, parts, generators, global_step, iteration, train_seconds)
 
     # ---- close ----
+    save(run, args, parts, generators, global_step, iteration, train_seconds)
+    bar.close()
     writer.close()
     env.close()
+    print(f"saved {run}/model.pt")
     sys.exit(130 if stop else 0)

@@ -36,7 +36,7 @@ class Toy(VecEnv):
         super().__init__(num_envs, N, OBS, S, LIMIT, space, device, seed, True)
         self.digit = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
         self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
-        self.at_step, self.steps = at_step, 0
+        self.at_step, self.steps, self.evaluates = at_step, 0, seed == dop.EVALUATION_SEED
 
     def _restart(self, done):
         digit = torch.randint(1, 4, (self.num_envs,), generator=self.generator)
@@ -46,6 +46,8 @@ class Toy(VecEnv):
         self.steps += 1
         reward = (actions == self.digit[:, None]).float().mean(1)  # (B,)
         if self.steps == 60 and self.at_step == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.steps == 3 and self.at_step == "interrupt evaluation" and self.evaluates:
             os.kill(os.getpid(), signal.SIGINT)
         if self.steps == 60 and self.at_step == "nan":
             reward = reward / 0 * 0
@@ -81,6 +83,7 @@ def toys(monkeypatch):
     monkeypatch.setitem(envs._REGISTRY, "Toy2", (__name__, "Toy", {}))
     monkeypatch.setitem(envs._REGISTRY, "continuous", (__name__, "Toy", {"continuous": True}))
     monkeypatch.setitem(envs._REGISTRY, "interrupt", (__name__, "Toy", {"at_step": "interrupt"}))
+    monkeypatch.setitem(envs._REGISTRY, "interrupt2", (__name__, "Toy", {"at_step": "interrupt evaluation"}))
     monkeypatch.setitem(envs._REGISTRY, "nan", (__name__, "Toy", {"at_step": "nan"}))
 
 
@@ -422,7 +425,7 @@ def test_resume_goes_on_in_the_same_folder(run):
 def test_resume_restores_networks_optimisers_and_random_numbers(run):
     _, _, folder = run()
     before = checkpoint(folder)
-    run("--resume", str(folder), env=None, small=False)  # nothing is left to do
+    assert "raise --total-timesteps" in run("--resume", str(folder), env=None, small=False)[0]
     assert same(checkpoint(folder), before)
     run(
         "--resume", str(folder), "--total-timesteps", "404", env=None, small=False
@@ -455,6 +458,21 @@ def test_ctrl_c_saves_and_leaves(run):
     assert checkpoint(folder)["global_step"] == 60 * 4
 
 
+def test_ctrl_c_during_an_evaluation_saves_and_leaves(run):
+    code, _, folder = run("--total-timesteps", "4000", "--eval-every", "200", env="interrupt2")
+    assert code == 130
+    assert checkpoint(folder)["global_step"] == 200
+
+
+def test_random_numbers_of_another_kind_of_device_are_left_alone(run):
+    _, _, folder = run()
+    state = checkpoint(folder)
+    state["rng"] = [torch.zeros(16, dtype=torch.uint8)] * 2  # the size of a CUDA generator's state
+    torch.save(state, folder / "model.pt")
+    assert run("--evaluate", str(folder), env=None, small=False)[0] in (None, 0)
+    assert run("--resume", str(folder), "--total-timesteps", "800", env=None, small=False)[0] == 0
+
+
 def test_exit_codes_of_the_real_program(tmp_path):
     flags = ["--env", "3m", "--run-dir", str(tmp_path), "--num-envs"]
     with subprocess.Popen(
@@ -463,10 +481,10 @@ def test_exit_codes_of_the_real_program(tmp_path):
         for line in program.stdout:
             if line.startswith("run folder"):
                 break
-        time.sleep(1)
+        time.sleep(1)  # into the loop; a signal before its first step would do as well
         program.send_signal(signal.SIGINT)
         assert program.wait(20) == 130
-    assert 0 < checkpoint(next(tmp_path.iterdir()))["global_step"] < 1_000_000
+    assert 0 < checkpoint(next(tmp_path.iterdir()))["global_step"] < dop.Args().total_timesteps
     wrong = subprocess.run([sys.executable, str(SCRIPT), *flags, "0"], capture_output=True, text=True)
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("dop_stochastic.py: --num-envs") and wrong.stderr.count("\n") == 1
@@ -489,7 +507,8 @@ def test_nan_stops_the_run_with_step_and_name(run):
         (["--critic-lr", "-0.1"], "--critic-lr must be from 0"),
         (["--gamma", "1.5"], "--gamma must be from 0 to 1"),
         (["--kappa", "nan"], "--kappa must be from 0 to 1"),
-        (["--on-policy-batch", "9"], "smaller than its batch"),
+        (["--on-policy-batch", "9"], "a batch is larger than its buffer"),
+        (["--on-policy-size", "50", "--off-policy-size", "40"], "less than --on-policy-size"),
         (["--env", "continuous"], "continuous actions"),
         (["--resume", "nowhere"], "nowhere is no run folder"),
         (["--evaluate", "nowhere"], "nowhere is no run folder"),
@@ -509,15 +528,16 @@ def test_broken_and_foreign_checkpoints_get_one_sentence(run):
         assert isinstance(code, str) and code.startswith("dop_stochastic.py: ") and "\n" not in code
         return code
 
-    assert "run of toy, not of Toy2" in message("--resume", str(folder), env="Toy2")
-    assert "run of toy, not of Toy2" in message("--evaluate", str(folder), env="Toy2")
+    assert "has the env toy, which cannot become Toy2" in message("--resume", str(folder), env="Toy2")
+    assert "has the env toy, which cannot become Toy2" in message("--evaluate", str(folder), env="Toy2")
+    assert "has the setting default, which cannot" in message("--resume", str(folder), "--setting", "paper")
     assert "is broken or not from this" in message("--resume", str(folder), "--separate-critics")
     whole = (folder / "model.pt").read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (folder / "model.pt").write_bytes(broken)
         assert "is broken or not from this" in message("--resume", str(folder))
     (folder / "model.pt").unlink()
-    assert "is broken or not from this" in message("--evaluate", str(folder))
+    assert "has no model.pt" in message("--evaluate", str(folder))
     (folder / "args.json").write_text('{"env": "toy", "alpha": 1}')
     assert "no run folder of this algorithm" in message("--resume", str(folder))
 
