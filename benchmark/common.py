@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-ENGINES = {"sim": "embedded simulator", "sc2": "StarCraft II"}
+ENGINE = "embedded simulator"  # of every SMAC number that these scripts produce
 CODE = [":(glob)*.py", "envs", "benchmark", "requirements.txt"]  # what can change a number
 
 

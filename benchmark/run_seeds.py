@@ -24,7 +24,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINES, RESULTS, ROOT, commit, hardware, today, write_csv, write_json
+from benchmark.common import ENGINE, RESULTS, ROOT, commit, hardware, today, write_csv, write_json
 
 TAGS = [
     "eval/*",
@@ -284,7 +284,7 @@ def collect(args, failed):
         overall[key] |= {"min": min(reached), "max": max(reached)} if reached else {}
     smac = json.loads((ROOT / "envs" / "smac_maps.json").read_text())["maps"]
     env = settings.get("env", "")
-    engine = ENGINES[settings.get("engine", "sim")] if env.lower() in {x.lower() for x in smac} else None
+    engine = ENGINE if env.lower() in {x.lower() for x in smac} else None
     report = {
         "name": args.name, "command": about["command"], "env": env.lower(), "engine": engine,
         "commit": about["commit"], "dirty": any(run["dirty"] for run in runs), "date": today(),

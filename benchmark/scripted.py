@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
+from benchmark.common import ENGINE, RESULTS, ROOT, describe, markdown_table, metadata, write_json
 from envs import make
 
 MAPS = ["MMM", "3m", "8m", "2s3z", "3s5z", "10m_vs_11m"]
@@ -127,7 +127,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/scripted.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command, threads=torch.get_num_threads())
-    about |= {"engine": "embedded simulator", "games": args.games, "seed": args.seed}
+    about |= {"engine": ENGINE, "games": args.games, "seed": args.seed}
     results = []
     for map_name in args.maps:
         for team in args.teams:
@@ -144,7 +144,7 @@ def main(argv=None):
     teams = "".join(f"- **{team}**: {TEAMS[team]}\n" for team in args.teams)
     text = f"""# Scripted teams
 
-Win rate / return / length over {args.games} games, embedded simulator (not StarCraft II).
+Win rate / return / length over {args.games} games, {ENGINE} (not StarCraft II).
 
 {table}
 {teams}

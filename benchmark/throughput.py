@@ -1,7 +1,7 @@
 """Environment steps per second with random legal actions: observation, state, masks and auto-reset included.
 
     python benchmark/throughput.py
-    python benchmark/throughput.py --peer smax --peer-python /tmp/jaxvenv/bin/python
+    python benchmark/throughput.py --peer smax --peer-python .venv-smax/bin/python
 
 The peer is SMAX of the registry package jaxmarl, in an interpreter of its own (see docs/benchmark.md). For
 each map and batch size ours in eager mode, ours compiled and the peer take turns, and a number is the median
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from benchmark.common import RESULTS, describe, markdown_table, metadata, write_json
+from benchmark.common import ENGINE, RESULTS, describe, markdown_table, metadata, write_json
 from envs import make
 
 PEER_MAPS = {"smax": ("2s3z", "10m_vs_11m")}  # those that the peer has too, with the same units
@@ -164,7 +164,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
-    about = metadata(command, device=args.device) | {"engine": "embedded simulator", "results": []}
+    about = metadata(command, device=args.device) | {"engine": ENGINE, "results": []}
     for threads in args.threads:
         with cores(threads):
             peer = Peer(args.peer_python, threads) if args.peer else None

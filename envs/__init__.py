@@ -28,9 +28,9 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     names = {name.lower(): name for name in _REGISTRY}
     if env_id.lower() not in names:
         near = difflib.get_close_matches(env_id.lower(), names, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(names[n] for n in near)}? " if near else ""
+        hint = f"did you mean {', '.join(names[n] for n in near)}?" if near else "no id is like it."
         raise ValueError(
-            f"unknown environment {env_id!r}: {hint}"
+            f"unknown environment {env_id!r}: {hint} "
             "List all with: python -c 'import envs; print(*envs.list_ids())'"
         )
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():

@@ -302,7 +302,7 @@ class BattleSim:
         new_x, new_y = self._stay_on_terrain(units.x, units.y, new_x + push_x, new_y + push_y)
 
         hurt = (life_loss > 0) | (shield < units.shield)  # (B, U)
-        aimed = torch.where(strikes, target, self.n_units)  # (B, U), the last column collects misses
+        aimed = torch.where(strikes & (target >= 0), target, self.n_units)  # (B, U), the last column: nobody
         nobody = torch.full_like(aimed[:, :1], self.n_units).expand(-1, self.n_units + 1)
         striker = nobody.scatter_reduce(1, aimed, self._index.expand_as(aimed), "amin")[:, :-1]  # (B, U)
         attacker = torch.where(striker < self.n_units, striker, units.attacker)  # of several the first

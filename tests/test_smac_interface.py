@@ -567,3 +567,20 @@ def test_render():
     place(env, x=torch.linspace(12, 20, 10), y=16.0, target=[5] * 5 + [0] * 5, cooldown=30.0)
     env.step(idle(env))
     assert (env.render() != before).any()
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_battles_run_to_their_end_with_features_in_range(name):
+    env = make(name, num_envs=2, seed=1)
+    env.reset()
+    ended = torch.zeros(2, dtype=torch.bool)
+    for _ in range(env.episode_limit):
+        avail_actions = env.avail_actions()
+        actions = (avail_actions + torch.rand(avail_actions.shape, generator=env.generator)).argmax(2)
+        _, reward, terminated, truncated, info = env.step(actions)
+        assert info["final_obs"].abs().max() <= 1 and info["final_state"].abs().max() <= 2
+        assert torch.isfinite(reward).all() and reward.min() >= 0
+        ended |= terminated | truncated
+        if ended.all():
+            break
+    assert ended.all()

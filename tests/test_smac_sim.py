@@ -8,6 +8,8 @@ ready before t + 1, so it falls in loop floor(k * period), after which floor(k *
 """
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -990,7 +992,7 @@ def test_runs_without_gradients_and_on_any_device_string():
             assert not any(field.requires_grad for field in units)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_compiled_loop_equals_eager():
     sim, units = middle_of_battle("2s3z", 4)
     compiled = torch.compile(sim.game_loop)
