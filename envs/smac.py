@@ -164,9 +164,7 @@ class Smac(VecEnv):
         super().__init__(
             num_envs, n_agents, obs_dim, state_dim, battle["episode_limit"], space, device, seed, validate
         )
-        self._units = self._sim.spawn(
-            num_envs, torch.Generator(device)
-        )  # until reset() draws the first battles
+        self._units = self._sim.spawn(num_envs, torch.Generator(device))  # reset() draws anew
         self._last_actions = nothing.expand(num_envs, -1)  # (B, N)
         self._picture = None
 
