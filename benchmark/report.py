@@ -15,9 +15,9 @@ HEADER = """# Results
 
 Written by `python benchmark/report.py` from the JSON files beside it; [docs/benchmark.md](../benchmark.md)
 tells how they were made. Best, final and last fifth are greedy win rates (last fifth: mean of the evaluations
-after 80% of the steps). The columns "to ..." are about the first evaluation that reached that win rate:
-environment steps, and minutes since the launch of the process, compilation and evaluations included. In
-the first table: median over seeds (worst seed); a seed that never got there counts as later than all others.
+after 80% of the steps). Steps to 0.9, and minutes: at the first evaluation with a win rate of 0.90 or more;
+minutes since the launch of the process, compilation and evaluations included.
+In the first table: median over seeds (worst seed); a seed that never got there counts as the latest.
 """
 OTHER = {
     "throughput": "Environment steps per second, beside SMAX",
@@ -54,22 +54,11 @@ def section(report):
     commits = sorted({(run["commit"] or "unknown")[:10] + "*" * bool(run["dirty"]) for run in report["runs"]})
     hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())
     games = report["settings"].get("eval_episodes", "?")
-    facts = (
-        f"{report['engine']}; evaluation over {games} games; commit {', '.join(commits)} (*: with changes); "
-    )
+    facts = f"{report['engine']}; evaluation over {games} games; commit {', '.join(commits)} (*: changed); "
     facts += f"{report['date']}; {report['workers']} runs at a time; {hardware}."
     failed = [f"Without a result: {report['failed']}."] if report["failed"] else []
     picture = [f"![{name}]({name}.png)"] if (RESULTS / f"{name}.png").exists() else []
-    header = [
-        "seed",
-        "steps",
-        "best",
-        "final",
-        "last fifth",
-        "final return",
-        f"steps to {target}",
-        "min to it",
-    ]
+    header = ["seed", "steps", "best", "final", "last fifth", "return", f"steps to {target}", "minutes"]
     rows = []
     for run in report["runs"]:
         summary = run["summary"]
@@ -87,17 +76,7 @@ def main(argv=None):
     ).parse_args(argv)
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     reports = [report for report in reports if "runs" in report]
-    header = [
-        "runs",
-        "map",
-        "seeds",
-        "steps",
-        "best",
-        "final",
-        "last fifth",
-        "steps to target",
-        "min to target",
-    ]
+    header = ["runs", "map", "seeds", "steps", "best", "final", "last fifth", "steps to 0.9", "minutes"]
     table = markdown_table(header, [overview(report) for report in reports]).strip()
     links = [f"- [{text}]({name}.md)" for name, text in OTHER.items() if (RESULTS / f"{name}.md").exists()]
     parts = [HEADER.strip(), table, "\n".join(links), *(section(report) for report in reports)]

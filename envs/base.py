@@ -114,9 +114,8 @@ class VecEnv(gymnasium.vector.VectorEnv):
                 raise ValueError(f"discrete actions must be int64, got {actions.dtype}")
             n_actions = self._avail_actions.shape[-1]
             inside = (actions >= 0) & (actions < n_actions)  # (B, N)
-            chosen = self._avail_actions.gather(2, actions.clamp(0, n_actions - 1).unsqueeze(2)).squeeze(
-                2
-            )  # (B, N)
+            # (B, N)
+            chosen = self._avail_actions.gather(2, actions.clamp(0, n_actions - 1).unsqueeze(2)).squeeze(2)
             wrong = ~(inside & chosen)
         if wrong.any():
             game, agent = (int(i) for i in wrong.nonzero()[0])

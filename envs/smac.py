@@ -114,9 +114,8 @@ def global_state(units, alive, last_actions, facts):
     charge = torch.where(facts.medivac, units.energy, units.cooldown) / facts.charge_max  # (B, U)
     east, north = (units.x - 16) / 32, (units.y - 16) / 32  # (B, U), from the centre in map sizes
     bits = [bit.expand_as(life) for bit in facts.type_bits.unbind(1)]
-    ally_rows = torch.stack(
-        [life, charge, east, north] + [shield] * facts.ally_shields + bits, 2
-    )  # (B, U, F)
+    # (B, U, F)
+    ally_rows = torch.stack([life, charge, east, north] + [shield] * facts.ally_shields + bits, 2)
     enemy_rows = torch.stack([life, east, north] + [shield] * facts.enemy_shields + bits, 2)  # (B, U, F)
     ally_rows, enemy_rows = (ally_rows * alive[:, :, None])[:, :n], (enemy_rows * alive[:, :, None])[:, n:]
     one_hot = last_actions[:, :, None] == facts.actions  # (B, N, A)

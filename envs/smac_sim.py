@@ -115,9 +115,8 @@ class BattleSim:
         self._second_delay = per_unit([SECOND_HIT_DELAY.get(name, 0) for name in self.types])
         self._armed = per_unit([kind["weapon"] is not None for kind in kinds]).bool()
         self._movable = self._speed > 0
-        self._preference = 1.0 - 2.0 * (
-            torch.arange(self.n_units, device=self.device) % 2
-        )  # (U,), left or right
+        # (U,), left or right
+        self._preference = 1.0 - 2.0 * (torch.arange(self.n_units, device=self.device) % 2)
         self._index = torch.arange(self.n_units, device=self.device)
         hunts = self._order["kind"] == "attack_unit_group"
         reach = self._reach[self.n_agents :]
@@ -142,9 +141,8 @@ class BattleSim:
         hits = pairs(lambda i, j: bool(set(weapons[i]["targets"]) & set(kinds[j]["planes"]))) & foe
         self._can_hit = hits  # (U, U) attacker, target
         self._foe = foe.float()  # (U, U)
-        self._raw_damage = pairs(
-            lambda i, j: float(weapons[i]["damage"] + bonus(i, j))
-        )  # (U, U), before armour
+        # (U, U), before armour
+        self._raw_damage = pairs(lambda i, j: float(weapons[i]["damage"] + bonus(i, j)))
         armor = per_unit([kind["life_armor"] for kind in kinds])
         self._net_damage = (self._raw_damage - armor).clamp(min=MIN_DAMAGE)
         self._armor = armor
@@ -155,9 +153,8 @@ class BattleSim:
         # air and ground do not collide; a colossus stands above ground units, in the way of flyers only
         high = [kind["flying"] or "air" in kind["planes"] for kind in kinds]
         size = [kind["separation_radius"] for kind in kinds]
-        self._separation = pairs(
-            lambda i, j: size[i] + size[j] if i != j and high[i] == high[j] else 0.0
-        )  # (U, U)
+        # (U, U)
+        self._separation = pairs(lambda i, j: size[i] + size[j] if i != j and high[i] == high[j] else 0.0)
 
         # what only some maps need
         def where_type(*names):
@@ -193,9 +190,8 @@ class BattleSim:
         if not self._is_box:
             climbable = _climbable(battle["terrain"])
             grids = np.stack([walkable, walkable if climbable is None else climbable, np.ones_like(walkable)])
-            self._grids = torch.tensor(
-                grids.reshape(-1), device=self.device
-            )  # (3 * C,) ground, colossus, air
+            # (3 * C,) ground, colossus, air
+            self._grids = torch.tensor(grids.reshape(-1), device=self.device)
             layer = [
                 2 if kind["flying"] else 1 if name == "colossus" else 0
                 for kind, name in zip(kinds, self.types, strict=True)
@@ -245,9 +241,8 @@ class BattleSim:
         Weapon delays are drawn from `generator` first; all that follows is a pure function of tensors.
         """
         shape = (LOOPS_PER_STEP, *units.hp.shape)
-        delays = (
-            torch.rand(shape, generator=generator, device=self.device) * 3 - 1
-        )  # (8, B, U) uniform in [-1, 2]
+        # (8, B, U) uniform in [-1, 2]
+        delays = torch.rand(shape, generator=generator, device=self.device) * 3 - 1
         units = self.obey(units, actions)
         for delay in delays.unbind():
             units = self._loop(units, delay)
@@ -335,15 +330,13 @@ class BattleSim:
         nearest_gap, nearest = gaps.min(2)  # (B, M)
 
         def gap_to(target):
-            return torch.where(
-                target >= 0, gaps.gather(2, target.clamp(0, n - 1)[:, :, None])[:, :, 0], FAR
-            )  # (B, M)
+            # (B, M)
+            return torch.where(target >= 0, gaps.gather(2, target.clamp(0, n - 1)[:, :, None])[:, :, 0], FAR)
 
         target, attacker = units.target[:, n:], units.attacker[:, n:]  # (B, M)
         comrade = distance[:, n:, n:] <= CALL_FOR_HELP_RANGE  # (B, M, M)
-        called = torch.where(comrade, attacker[:, None], -1).amax(
-            2
-        )  # (B, M), against whom a comrade calls for help
+        # (B, M), against whom a comrade calls for help
+        called = torch.where(comrade, attacker[:, None], -1).amax(2)
         attacker = torch.where(gap_to(attacker) <= RESPONSE_RANGE, attacker, called)
         second_choice = torch.where(gap_to(attacker) <= RESPONSE_RANGE, attacker, -1)
         fresh = torch.where(nearest_gap <= self._scan, nearest, second_choice)
@@ -383,9 +376,8 @@ class BattleSim:
             hits = hits.index_copy(1, self._banelings, self._burst(units, x, y, strikes))
         if self._has_shields:
             raw = hits * self._raw_damage  # (B, U, U)
-            shield_left = (units.shield[:, None] - (raw.cumsum(1) - raw)).clamp(
-                min=0
-            )  # before each hit, in unit order
+            # before each hit, in unit order
+            shield_left = (units.shield[:, None] - (raw.cumsum(1) - raw)).clamp(min=0)
             leak = raw - shield_left
             life = torch.where(leak > 0, (leak - self._armor).clamp(min=MIN_DAMAGE), 0.0).sum(1)  # (B, U)
             shield = (units.shield - raw.sum(1)).clamp(min=0)
@@ -431,9 +423,8 @@ class BattleSim:
         goal_y = torch.where(engaged, y.gather(1, aimed), units.goal_y)
         away = torch.hypot(goal_x - units.x, goal_y - units.y)  # (B, U), as the crow flies
         moves = moves & (engaged | (away > self._arrival))
-        speed = (
-            torch.minimum(units.speed + self._acceleration, self._speed).minimum(away) * moves
-        )  # brakes at once
+        # brakes at once
+        speed = torch.minimum(units.speed + self._acceleration, self._speed).minimum(away) * moves
         if not self._is_box:
             goal_x, goal_y = self._next_waypoint(units, goal_x, goal_y)
             away = torch.hypot(goal_x - units.x, goal_y - units.y)
@@ -443,9 +434,8 @@ class BattleSim:
     def _next_waypoint(self, units, goal_x, goal_y):
         """Where a ground unit heads to reach its goal round the terrain: the goal itself if it is open."""
         goal_cell = _cell(goal_x, goal_y)  # (B, U)
-        waypoint = self._waypoints[
-            goal_cell * MAP_SIZE**2 + _cell(units.x, units.y)
-        ].long()  # (B, U), -1 = straight on
+        # (B, U), -1 = straight on
+        waypoint = self._waypoints[goal_cell * MAP_SIZE**2 + _cell(units.x, units.y)].long()
         detour = (waypoint >= 0) & (self._layer == 0)
         column = torch.div(waypoint, MAP_SIZE, rounding_mode="floor")
         return (
@@ -458,9 +448,8 @@ class BattleSim:
         gives way. Whoever walks slides round, on the side to which its step (B, U) already leads."""
         walking = moves.float()  # (B, U)
         share = 1 + self._foe * (walking[:, :, None] - walking[:, None])  # (B, U, U), twice i's share
-        apart = (
-            (self._separation - distance).clamp(min=0) / distance.clamp(min=1e-3) * share / -2
-        )  # (B, U, U)
+        # (B, U, U)
+        apart = (self._separation - distance).clamp(min=0) / distance.clamp(min=1e-3) * share / -2
         push_x, push_y = (apart * off_x).sum(2), (apart * off_y).sum(2)  # (B, U)
         left = step_y * push_x - step_x * push_y  # (B, U), > 0 where the step leads to the left of the push
         unclear = left.abs() < 0.1 * (step_x * push_x + step_y * push_y).abs()
