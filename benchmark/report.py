@@ -16,7 +16,7 @@ HEADER = """# Results
 Written by `python benchmark/report.py` from the JSON files beside it; [docs/benchmark.md](../benchmark.md)
 tells how they were made. Best, final and last fifth are greedy win rates (last fifth: mean of the evaluations
 after 80% of the steps). Steps to 0.9, and minutes: at the first evaluation with a win rate of 0.90 or more;
-minutes since the launch of the process, compilation and evaluations included.
+minutes since the launch of the process, compilation and evaluations included. MiB: peak resident memory.
 In the first table: median over seeds (worst seed); a seed that never got there counts as the latest.
 """
 OTHER = {
@@ -58,14 +58,24 @@ def section(report):
     facts += f"{report['date']}; {report['workers']} runs at a time; {hardware}."
     failed = [f"Without a result: {report['failed']}."] if report["failed"] else []
     picture = [f"![{name}]({name}.png)"] if (RESULTS / f"{name}.png").exists() else []
-    header = ["seed", "steps", "best", "final", "last fifth", "return", f"steps to {target}", "minutes"]
+    header = [
+        "seed",
+        "steps",
+        "best",
+        "final",
+        "last fifth",
+        "return",
+        f"steps to {target}",
+        "minutes",
+        "MiB",
+    ]
     rows = []
     for run in report["runs"]:
         summary = run["summary"]
         minutes = summary["wall_seconds_to_target"] and summary["wall_seconds_to_target"] / 60
         figures = [number(summary[key]) for key in ("best", "final", "last_fifth", "final_return")]
         steps = [number(summary["steps"], 0), *figures, number(summary["step_to_target"], 0)]
-        rows.append([run["seed"], *steps, number(minutes, 1)])
+        rows.append([run["seed"], *steps, number(minutes, 1), number(run.get("peak_memory_mib"), 0)])
     table = markdown_table(header, rows).strip()
     return "\n\n".join([f"## {name}", f"    {report['command']}", facts, *failed, *picture, table])
 

@@ -121,6 +121,16 @@ def launch(args, seed):
     return process, folder, about
 
 
+def peak_memory(pid):
+    """Largest resident memory of a running process so far in MiB, None where /proc does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return match and round(int(match[1]) / 1024)
+
+
 def finish(process, folder, about):
     """Write done.json, or failed.json for an exit code other than 0. Returns the exit code."""
     about |= {"wall_seconds": round(time.time() - about["start"], 1), "exit_code": process.returncode}
@@ -161,6 +171,8 @@ def run_all(args):
                 running.append(launch(args, waiting.pop(0)))
                 print(f"seed {running[-1][2]['seed']}: started, log in {running[-1][1]}/log.txt", flush=True)
             time.sleep(0.05)
+            for process, _, about in running:
+                about["peak_memory_mib"] = peak_memory(process.pid) or about.get("peak_memory_mib")
             for run in [run for run in running if run[0].poll() is not None]:
                 running.remove(run)
                 code, about = finish(*run), run[2]
@@ -264,6 +276,7 @@ def collect(args, failed):
         runs.append({
             "seed": seed, "wall_seconds": about["wall_seconds"], "started": about["started"],
             "commit": about["commit"], "dirty": about["dirty"],
+            "peak_memory_mib": about.get("peak_memory_mib"),
             "summary": summarise(curves, about["start"], args.metric, args.target),
             "curves": {t: {"step": s, "value": [float(f"{x:.5g}") for x in v]} for t, (s, v) in kept.items()},
         })  # fmt: skip
