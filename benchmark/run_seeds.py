@@ -164,7 +164,9 @@ def run_all(args):
         f"{args.name}: {len(args.seeds) - len(waiting)} of {len(args.seeds)} seeds are already finished",
         flush=True,
     )
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # both end in KeyboardInterrupt, also where a shell has started this in the background with SIGINT ignored
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, signal.default_int_handler) for number in handled]
     try:
         while waiting or running:
             while waiting and len(running) < args.workers:
@@ -185,7 +187,8 @@ def run_all(args):
         stop(running)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(handled, previous, strict=True):
+            signal.signal(number, handler)
     return failed
 
 
