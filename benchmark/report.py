@@ -23,6 +23,7 @@ OTHER = {
     "throughput": "Environment steps per second, beside SMAX",
     "update_speed": "Seconds of a training iteration, beside a stand-in of the official update",
     "scripted": "Scripted teams on six maps",
+    "saturation": "How sharp the policies have become",
 }
 
 

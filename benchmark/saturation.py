@@ -1,0 +1,65 @@
+"""Does the actor still follow its critic? Greedy play of a run, softmax policies beside the critic's values.
+
+    python benchmark/saturation.py RUN [RUN ...]
+
+For each run folder of dop_stochastic.py: the mean probability of the greedy action without exploration, and
+how often it is also the critic's best, over the living agents of the first 20 steps of 256 games. A softmax
+near 1 has nearly no gradient: where the two disagree then, the critic cannot pull the actor away.
+Prints a Markdown table.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+from benchmark.common import markdown_table
+from dop_stochastic import Actor, DecomposedCritic, epsilon_policy
+from envs import make
+
+
+@torch.no_grad()
+def measure(run, games=256, steps=20):
+    """Run folder -> (mean greedy probability, share of greedy actions that maximise Q_i)."""
+    args = json.loads(Path(run, "args.json").read_text())
+    state = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
+    env = make(args["env"], games, seed=0, validate=False)
+    sizes = (env.n_agents, int(env.single_action_space.nvec[0]))
+    actor = Actor(env.obs_dim, *sizes, hidden_dim=64)
+    critic = DecomposedCritic(env.state_dim, *sizes, hidden_dim=256, separate=args["separate_critics"])
+    actor.load_state_dict(state["actor"])
+    critic.load_state_dict(state["critic"])
+    obs, _ = env.reset()
+    actions, hidden = torch.full((games, env.n_agents), -1), None  # (B, N)
+    probabilities, agreements = [], []
+    for _ in range(steps):
+        avail_actions = env.avail_actions()  # (B, N, A)
+        living = ~avail_actions[:, :, 0]  # (B, N), only the dead have the no-op
+        logits, hidden = actor(obs.unsqueeze(1), actions.unsqueeze(1), hidden)
+        probability, actions = epsilon_policy(logits.squeeze(1), avail_actions, 0.0).max(-1)  # (B, N)
+        best = critic(env.state())[0].masked_fill(~avail_actions, -torch.inf).argmax(-1)  # (B, N)
+        probabilities.append(probability[living])
+        agreements.append((best == actions)[living].float())
+        obs, _, terminated, truncated, _ = env.step(actions)
+        done = terminated | truncated  # (B,)
+        actions, hidden = actions.masked_fill(done[:, None], -1), hidden * ~done[:, None, None]
+    return torch.cat(probabilities).mean().item(), torch.cat(agreements).mean().item()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", help="run folders")
+    rows = []
+    for run in parser.parse_args(argv).runs:
+        probability, agreement = measure(run)
+        rows.append([Path(run).name, f"{probability:.3f}", f"{agreement:.2f}"])
+    print(markdown_table(["run", "greedy action's probability", "it is the critic's best"], rows))
+
+
+if __name__ == "__main__":
+    main()
