@@ -30,7 +30,6 @@ import math
 import signal
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +56,7 @@ class Args:
     seed: int = 1
     """seed of networks, games, exploration and sampling; evaluation has its own"""
     env: str = "mmm"
-    """environment id, in any case"""
+    """environment id, in any case; arguments of the environment go behind commas (cdm,n_agents=5)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives; auto takes cuda if there is one"""
     compile: bool = False
@@ -70,6 +69,8 @@ class Args:
     """environment steps between two evaluations (0: none)"""
     eval_episodes: int = 128
     """games of one evaluation, all in parallel"""
+    log_every: int = 1_000
+    """environment steps between two points of charts and losses"""
     save_every: int = 100_000
     """environment steps between two checkpoints (0: only at the end)"""
     capture_video: bool = False
@@ -135,7 +136,8 @@ PRESETS = {
         epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
-MAY_BE_ZERO = {"seed", "eval_every", "save_every", "critic_warmup"}
+# of numbers, where an integer may be less than 1 or another number may leave 0 to 1
+LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "critic_warmup"), (0, math.inf))
 
 
 def fail(message):
@@ -146,7 +148,8 @@ def fail(message):
 def parse_args():
     """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
     first = tyro.cli(Args, description=__doc__)
-    overrides = PRESETS.get(getattr(first, "setting", None), {}) | PRESETS.get(first.env.lower(), {})
+    env_id = first.env.lower().split(",")[0]
+    overrides = PRESETS.get(getattr(first, "setting", None), {}) | PRESETS.get(env_id, {})
     if run := first.resume or first.evaluate:
         try:
             overrides = json.loads(Path(run, "args.json").read_text()) | {"resume": None, "evaluate": None}
@@ -155,13 +158,14 @@ def parse_args():
             fail(f"{run} is no run folder of this algorithm: {error}")
     args = tyro.cli(Args, description=__doc__, default=Args(**overrides))
     for name in ("env", "setting") if run else ():
-        if getattr(args, name).lower() != overrides[name].lower():
+        if name in overrides and getattr(args, name).lower() != overrides[name].lower():
             fail(f"{run} has the {name} {overrides[name]}, which cannot become {getattr(args, name)}")
     for name, value in vars(args).items():
-        low = int(name not in MAY_BE_ZERO) if type(value) is int else 0.0
-        if type(value) in (int, float) and not low <= value <= (1.0 if type(value) is float else math.inf):
-            limits = "from 0 to 1" if type(value) is float else f"at least {low}"
-            fail(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+        if type(value) in (int, float):
+            low, high = LIMITS.get(name, (1, math.inf) if type(value) is int else (0, 1))
+            if not (low <= value <= high and math.isfinite(value)):
+                limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                fail(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     return args
 
 
@@ -371,11 +375,13 @@ EVALUATION_SEED = 1_000_000
 
 
 @torch.no_grad()
-def act(actor, obs, avail_actions, last_actions, hidden, epsilon, generator):
-    """One step of every game: actions (B, N) and the next hidden (B, N, H); greedy without a generator."""
+def act(actor, obs, avail_actions, memory=None, epsilon=0.0, generator=None):
+    """Actions (B, N) of one step, greedy without a generator, and the memory (they, hidden) for the next."""
+    last_actions, hidden = memory or (torch.full_like(avail_actions[..., 0], -1, dtype=torch.int64), None)
     logits, hidden = actor(obs.unsqueeze(1), last_actions.unsqueeze(1), hidden)  # (B, 1, N, A)
     pi = epsilon_policy(logits.squeeze(1), avail_actions, epsilon)  # (B, N, A)
-    return (pi.argmax(-1) if generator is None else sample_actions(pi, generator)), hidden
+    actions = pi.argmax(-1) if generator is None else sample_actions(pi, generator)
+    return actions, (actions, hidden)
 
 
 def episode_metrics(info):
@@ -386,12 +392,11 @@ def episode_metrics(info):
 
 def evaluate(actor, env, video=None):
     """Greedy play from a fixed seed: means over the first episode of each game; `video`: GIF of game 0."""
-    obs, _ = env.reset(seed=EVALUATION_SEED)
+    obs, _ = env.reset(seed=EVALUATION_SEED, options={"evaluation": True})
     running = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)  # (B,)
-    actions = torch.full((env.num_envs, env.n_agents), -1, device=env.device)  # (B, N)
-    hidden, results, frames = None, {}, []
+    memory, results, frames = None, {}, []
     while running.any():
-        actions, hidden = act(actor, obs, env.avail_actions(), actions, hidden, 0.0, None)
+        actions, memory = act(actor, obs, env.avail_actions(), memory)
         obs, _, terminated, truncated, info = env.step(actions)
         if video and running[0]:
             frames.append(Image.fromarray(np.asarray(env.render())))
@@ -533,6 +538,8 @@ if __name__ == "__main__":
 
     # ---- networks and storage ----
     actor = Actor(env.obs_dim, n_agents, n_actions, hidden_dim=64).to(device)
+    if env.action_bias is not None:
+        actor.head.bias.data += env.action_bias
     if run := args.evaluate:
         global_step = load(run, {"actor": actor})["global_step"]
         results = evaluate(actor, eval_env, Path(run, "evaluate.gif") if args.capture_video else None)
@@ -575,9 +582,7 @@ if __name__ == "__main__":
 
     # ---- loop ----
     obs, _ = env.reset()  # (B, N, O)
-    hidden = torch.zeros(args.num_envs, n_agents, actor.gru.hidden_size, device=device)  # (B, N, H)
-    last_actions = torch.full((args.num_envs, n_agents), -1, device=device)  # (B, N)
-    recent, losses, new_episodes = deque(maxlen=100), {}, 0
+    memory, recent, losses, new_episodes = None, [], {}, 0
     start_step, start_seconds = global_step, train_seconds
     bar = tqdm(total=args.total_timesteps, initial=global_step, disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps and not stop:
@@ -585,17 +590,18 @@ if __name__ == "__main__":
         started = time.perf_counter()
         decay = min(1.0, global_step / args.epsilon_steps)
         epsilon = args.epsilon_start + decay * (args.epsilon_end - args.epsilon_start)
+        schedule = {"epsilon": epsilon}
         state, avail_actions = env.state(), env.avail_actions()
-        actions, hidden = act(actor, obs, avail_actions, last_actions, hidden, epsilon, generator)
+        actions, memory = act(actor, obs, avail_actions, memory, epsilon, generator)
         next_obs, reward, terminated, truncated, info = env.step(actions)
+        actions = info.get("actions", actions)
 
         # store
         step = dict(obs=obs, state=state, avail_actions=avail_actions, actions=actions, reward=reward)
         done = terminated | truncated  # (B,)
         ended = done.nonzero().squeeze(1)  # (E,), the one time per step that Python waits for the device
         buffer.add(step | {"terminated": terminated}, info, ended)
-        obs, last_actions = next_obs, actions.masked_fill(done[:, None], -1)
-        hidden = hidden * ~done[:, None, None]
+        obs, memory = next_obs, (actions.masked_fill(done[:, None], -1), memory[1] * ~done[:, None, None])
         if len(ended):
             recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
         new_episodes += len(ended)
@@ -611,26 +617,26 @@ if __name__ == "__main__":
                 args, actor, critic, critic_target, optimizers, buffer.sample(draws, generator), epsilon,
                 generator, train_actor=iteration > args.critic_warmup,
             )  # fmt: skip
-            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
-            if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-                writer.close()
-                fail(
-                    f"{bad[0]} is {losses[bad[0]]} at step {global_step}; model.pt, if there, is from before"
-                )
             if iteration % args.target_period == 0:
                 critic_target.load_state_dict(critic.state_dict())
         train_seconds += time.perf_counter() - started
 
         # log
         sps = (global_step - start_step) / (train_seconds - start_seconds)
-        last = global_step >= args.total_timesteps
+        last = global_step >= args.total_timesteps or bool(stop)
+        save_due = due(args.save_every, global_step, args.num_envs, last=False)
         bar.update(args.num_envs)
-        if recent and due(1_000, global_step, args.num_envs, last):
-            charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) | {"SPS": sps}
+        if due(args.log_every, global_step, args.num_envs, last) or save_due:
+            charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
+            charts |= {"SPS": sps}
             bar.set_postfix(charts)
-            charts |= {"epsilon": epsilon, "train_seconds": train_seconds}
-            for group, values in (("charts", charts), ("losses", losses)):
+            charts |= {"train_seconds": train_seconds} | schedule
+            recent = []
+            for group, values in (("losses", losses), ("charts", charts)):
                 for name, value in values.items():
+                    if not math.isfinite(value):
+                        writer.close()
+                        fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
                     writer.add_scalar(f"{group}/{name}", value, global_step)
 
         # evaluate, save
@@ -642,7 +648,7 @@ if __name__ == "__main__":
                 writer.add_scalar(f"eval/{name}", value, global_step)
             line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
             tqdm.write(f"step {global_step}, {sps:.0f} steps/s, greedy {line}")
-        if due(args.save_every, global_step, args.num_envs, last=False):
+        if save_due:
             save(run, args, parts, generators, global_step, iteration, train_seconds)
 
     # ---- close ----

@@ -21,6 +21,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
 
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.SAME_STEP}
     render_mode = "rgb_array"
+    action_bias = None  # (A,) to add to the logits of an untrained policy, where a game asks for one
 
     def __init__(
         self,

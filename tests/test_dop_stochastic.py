@@ -194,12 +194,10 @@ def test_a_million_actions_of_an_actor_are_all_legal():
     actor = dop.Actor(OBS, N, A, 16)
     avail_actions = torch.rand(1000, N, A) < 0.4
     avail_actions[..., 0] |= ~avail_actions.any(-1)
-    obs, last_actions = 30 * torch.randn(1000, N, OBS), torch.full((1000, N), -1)
-    hidden = torch.zeros(1000, N, 16)
+    obs, memory = 30 * torch.randn(1000, N, OBS), None
     for epsilon in torch.linspace(0, 1, 334).tolist():
-        actions, hidden = dop.act(actor, obs, avail_actions, last_actions, hidden, epsilon, generator)
+        actions, memory = dop.act(actor, obs, avail_actions, memory, epsilon, generator)
         assert avail_actions.gather(-1, actions.unsqueeze(-1)).all()
-        last_actions = actions
 
 
 # ---- storage ----
@@ -492,7 +490,7 @@ def test_exit_codes_of_the_real_program(tmp_path):
 
 def test_nan_stops_the_run_with_step_and_name(run):
     code, _, folder = run("--total-timesteps", "4000", env="nan")
-    assert code.startswith("dop_stochastic.py: ") and "is nan at step 2" in code and "loss" in code
+    assert code.startswith("dop_stochastic.py: ") and "is nan at step 1000" in code and "loss" in code
     assert not (folder / "model.pt").exists()
 
 
