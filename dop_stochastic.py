@@ -531,12 +531,12 @@ if __name__ == "__main__":
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
     except (ValueError, RuntimeError) as error:
         fail(error)
-    if not isinstance(env.single_action_space, gymnasium.spaces.MultiDiscrete):
-        fail(f"{args.env} has continuous actions; this algorithm needs discrete ones")
-    n_agents, n_actions = env.n_agents, int(env.single_action_space.nvec[0])
     generator = torch.Generator(device).manual_seed(args.seed)
 
     # ---- networks and storage ----
+    if not isinstance(env.single_action_space, gymnasium.spaces.MultiDiscrete):
+        fail(f"{args.env} has continuous actions; this algorithm needs discrete ones")
+    n_agents, n_actions = env.n_agents, int(env.single_action_space.nvec[0])
     actor = Actor(env.obs_dim, n_agents, n_actions, hidden_dim=64).to(device)
     if env.action_bias is not None:
         actor.head.bias.data += env.action_bias

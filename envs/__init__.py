@@ -1,7 +1,9 @@
 """Cooperative multi-agent environments, batched on one device: `make()` builds, `list_ids()` names."""
 
+import ast
 import difflib
 import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from envs.base import VecEnv
 _SMAC_MAPS = json.loads((Path(__file__).parent / "smac_maps.json").read_text())["maps"]
 # environment id -> (module, class, arguments of the class)
 _REGISTRY = {name: ("envs.smac", "Smac", {"map_name": name}) for name in _SMAC_MAPS}
+_REGISTRY |= {"quadratic": ("envs.quadratic", "Quadratic", {}), "cdm": ("envs.cdm", "CDM", {})}
+_NO_OPTIONS = {"num_envs", "device", "seed", "map_name"}  # make() has its own, and the map is the id
 
 
 def list_ids():
@@ -22,22 +26,40 @@ def list_ids():
 def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`.
 
-    Further keyword arguments go to the environment's class. Raises ValueError for an unknown id, for less
-    than one game and for a GPU that this machine lacks.
+    Further keyword arguments go to the environment's class. The id may carry some too, behind commas:
+    `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal, or a bare word for a string, and a
+    keyword argument wins over it. Raises ValueError for an unknown id, for an argument that is malformed,
+    that the environment does not have or does not take, for less than one game and for a GPU that this
+    machine lacks.
     """
-    names = {name.lower(): name for name in _REGISTRY}
-    if env_id.lower() not in names:
-        near = difflib.get_close_matches(env_id.lower(), names, n=3, cutoff=0.4)
+    name, *pairs = (part.strip() for part in env_id.split(","))
+    names = {known.lower(): known for known in _REGISTRY}
+    if name.lower() not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(names[n] for n in near)}?" if near else "no id is like it."
         raise ValueError(
-            f"unknown environment {env_id!r}: {hint} "
+            f"unknown environment {name!r}: {hint} "
             "List all with: python -c 'import envs; print(*envs.list_ids())'"
         )
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but torch sees no GPU here; use 'cpu'")
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    module, cls, arguments = _REGISTRY[names[env_id.lower()]]
-    return getattr(importlib.import_module(module), cls)(
-        num_envs=num_envs, device=device, seed=seed, **{**arguments, **kwargs}
-    )
+    module, cls, arguments = _REGISTRY[names[name.lower()]]
+    cls = getattr(importlib.import_module(module), cls)
+    options = dict(_parse(pair, env_id) for pair in pairs) | kwargs
+    has = [option for option in inspect.signature(cls).parameters if option not in _NO_OPTIONS]
+    if unknown := [option for option in options if option not in has]:
+        raise ValueError(f"{names[name.lower()]} has no argument {unknown[0]!r}; it has {', '.join(has)}")
+    return cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)
+
+
+def _parse(pair, env_id):
+    """One `name=value` of an id -> name and value."""
+    option, equals, value = (part.strip() for part in pair.partition("="))
+    if not (option and equals and value):
+        raise ValueError(f"argument {pair!r} of environment {env_id!r} must read name=value")
+    try:
+        return option, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return option, value
