@@ -69,6 +69,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
         already been restarted in `obs`; `final_obs`, `final_state` and `final_avail_actions` of info
         hold what this step led to in every game, before any restart. `episode_return` and
         `episode_length` (B,) of info count the running episode up to and including this step.
+        Where an environment executes other actions than asked for, `info["actions"]` holds them.
         Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
         """
         if self._obs is None:
