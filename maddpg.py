@@ -439,9 +439,9 @@ if __name__ == "__main__":
         low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)  # (N, D)
         if not (low.isfinite() & high.isfinite()).all():
             fail(f"{args.env} has actions without finite bounds; this algorithm needs bounds to scale them")
-    action_dim, options = low.shape[1], dict(final_init=args.final_init)
+    action_dim, init = low.shape[1], dict(final_init=args.final_init)
     actor_sizes = (env.obs_dim, args.hidden_dim, args.hidden_dim, action_dim)
-    actor = Actor(n_agents, *actor_sizes, low=low, high=high, **options).to(device)
+    actor = Actor(n_agents, *actor_sizes, low=low, high=high, **init).to(device)
     if env.action_bias is not None:
         actor.biases[-1].data += env.action_bias
     if run := args.evaluate:
@@ -451,7 +451,7 @@ if __name__ == "__main__":
         print(run, "|", global_step, "|", " | ".join(f"{x:.3f}" for x in results.values()))
         sys.exit()
     critic_sizes = (env.state_dim + n_agents * action_dim, args.hidden_dim, args.hidden_dim, 1)
-    critic = Critic(n_agents if args.critic_per_agent else 1, *critic_sizes, **options).to(device)
+    critic = Critic(n_agents if args.critic_per_agent else 1, *critic_sizes, **init).to(device)
     actor_target, critic_target = copy.deepcopy(actor), copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
     critic_options = dict(lr=args.critic_lr, weight_decay=args.critic_weight_decay, fused=True)

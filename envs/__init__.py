@@ -14,7 +14,14 @@ from envs.base import VecEnv
 _SMAC_MAPS = json.loads((Path(__file__).parent / "smac_maps.json").read_text())["maps"]
 # environment id -> (module, class, arguments of the class)
 _REGISTRY = {name: ("envs.smac", "Smac", {"map_name": name}) for name in _SMAC_MAPS}
-_REGISTRY |= {"quadratic": ("envs.quadratic", "Quadratic", {}), "cdm": ("envs.cdm", "CDM", {})}
+_REGISTRY |= {
+    "quadratic": ("envs.quadratic", "Quadratic", {}),
+    "cdm": ("envs.cdm", "CDM", {}),
+    "spread": ("envs.mpe", "Spread", {}),
+    "aggregation": ("envs.mpe", "Aggregation", {}),
+    "aggregation_hard": ("envs.mpe", "Aggregation", {"radius": 0.3}),
+    "mill": ("envs.mpe", "Mill", {}),
+}
 _NO_OPTIONS = {"num_envs", "device", "seed", "map_name"}  # make() has its own, and the map is the id
 
 
