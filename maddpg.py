@@ -362,9 +362,10 @@ def encode(actor, actions):
 
 def descend(optimizer, loss, max_grad_norm):
     """One step down the gradient, clipped at a norm (0: not); returns the norm."""
-    optimizer.zero_grad()
-    loss.backward()
     parameters = optimizer.param_groups[0]["params"]
+    # of these parameters only: the actor's loss runs through the critic
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = grad
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     optimizer.step()
     return grad_norm

@@ -17,7 +17,7 @@ Differs from the papers:
 1. alpha divides Q in the value and in the samplers, and rewards are scaled by their own flag, as in [MASQL];
 2. the value's samples stay uniform throughout ([SQL] changes to the sampler's own);
 3. each agent draws the noise of its sampler for itself: parts of one joint action fit when alpha is low;
-4. identical states of a minibatch may be computed once (`--merge-states`): the same expectation, less work;
+4. where all states of a minibatch are the same, one stands for all: the same expectation, less work;
 5. evaluation feeds the samplers zero noise;
 6. an episode ended by the clock bootstraps from its own last observation.
 """
@@ -117,8 +117,6 @@ class Args:
     """particles that attract, and as many that move, per state and agent (appendix of [SQL])"""
     reward_scale: float = 1.0
     """factor on rewards in the critic's targets; logged returns are without it"""
-    merge_states: bool = False
-    """compute identical states of a minibatch once: pays in games with few states"""
 
 
 # environment id -> what differs from the defaults
@@ -126,7 +124,7 @@ PRESETS = {
     # [MASQL]: 150 epochs of 100 steps, alpha falls in epochs 100 to 115, reward x 0.1
     "quadratic": dict(
         total_timesteps=15_000, num_envs=1, log_every=100, eval_every=1_000, eval_episodes=1, save_every=0,
-        anneal_start=10_000, anneal_steps=1_500, reward_scale=0.1, merge_states=True,
+        anneal_start=10_000, anneal_steps=1_500, reward_scale=0.1,
     ),
 }  # fmt: skip
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
@@ -368,9 +366,10 @@ def encode(actor, actions):
 
 def descend(optimizer, loss, max_grad_norm):
     """One step down the gradient, clipped at a norm (0: not); returns the norm."""
-    optimizer.zero_grad()
-    loss.backward()
     parameters = optimizer.param_groups[0]["params"]
+    # of these parameters only: the actor's loss runs through the critic
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = grad
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     optimizer.step()
     return grad_norm
@@ -383,26 +382,20 @@ def follow(target, network, tau):
         slow.lerp_(fast, tau)
 
 
-def merge(rows, enabled):
-    """The distinct rows (U, S) of (B, S), where each row is among them (B,), their shares of all rows (U,)."""
-    if not enabled:
-        index = torch.arange(len(rows), device=rows.device)
-        return rows, index, torch.full_like(index, 1 / len(rows), dtype=rows.dtype)
-    unique, index, count = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-    return unique, index, count / len(rows)
-
-
 def update(args, actor, critic, critic_target, optimizers, batch, alpha, generator):
     """Critic and samplers on one batch, as in Algorithm 1 of [MASQL]."""
     joint_actions = encode(actor, batch.actions).flatten(1)  # (B, J)
     (_, N, _), J, K = batch.obs.shape, joint_actions.shape[1], args.particles
+    seen = (batch.state, batch.obs.flatten(1), batch.next_state)  # (B, S), (B, N O), (B, S)
+    rows = torch.cat(seen, 1)  # (U, S + N O + S), U = B, or 1 in a game without states
+    rows = rows[:1] if (rows == rows[:1]).all() else rows
+    state, obs, next_state = rows.split([x.shape[1] for x in seen], 1)
 
     # critic
     with torch.no_grad():
-        next_state, index, _ = merge(batch.next_state, args.merge_states)  # (U, S), (B,)
-        samples = torch.empty(len(next_state), args.value_samples, J, device=next_state.device)
+        samples = torch.empty(len(rows), args.value_samples, J, device=rows.device)
         q_values = critic_target(next_state, samples.uniform_(-1, 1, generator=generator))  # (U, M)
-        next_v = soft_value(q_values, alpha, J * math.log(2))[index]  # (B,)
+        next_v = soft_value(q_values, alpha, J * math.log(2)).expand_as(batch.reward)  # (B,)
         td_target = td_targets(args.reward_scale * batch.reward, batch.terminated, next_v, args.gamma)  # (B,)
     q_taken = critic(batch.state, joint_actions.unsqueeze(1)).squeeze(1)  # (B,)
     assert td_target.shape == q_taken.shape
@@ -411,18 +404,14 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
     grad_norm_critic = descend(optimizers[1], critic_loss, args.max_grad_norm)
 
     # actor
-    seen = torch.cat([batch.state, batch.obs.flatten(1)], 1)  # (B, S + N O)
-    seen, _, share = merge(seen, args.merge_states)  # (U, S + N O)
-    state, obs = seen.tensor_split([batch.state.shape[1]], 1)
-    noise = torch.randn(len(seen), 2 * K, N, J, generator=generator, device=seen.device)
+    noise = torch.randn(len(rows), 2 * K, N, J, generator=generator, device=rows.device)
     actions = actor(obs.unflatten(1, (N, -1)), noise).transpose(1, 2)  # (U, N, 2 K, J), each agent's apart
     fixed, updated = actions[:, :, :K].detach().requires_grad_(), actions[:, :, K:]  # (U, N, K, J)
     q_values = critic(state, fixed.flatten(1, 2))  # (U, N K)
     score = torch.autograd.grad(q_values.sum() / alpha, fixed)[0]  # (U, N, K, J)
     direction = svgd_direction(*(x.flatten(0, 1) for x in (fixed.detach(), score, updated.detach())))
     # Eq. 14 of [SQL]: grad J = E_noise[direction grad f(noise, s)]
-    moved = (direction.view_as(updated) * updated).sum(-1).mean(2).sum(1)  # (U,)
-    actor_loss = -(share * moved).sum()
+    actor_loss = -(direction.view_as(updated) * updated).sum(-1).mean((0, 2)).sum()
     grad_norm_actor = descend(optimizers[0], actor_loss, args.max_grad_norm)
 
     losses = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_taken": q_taken.mean()}
