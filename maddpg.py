@@ -195,7 +195,7 @@ class Actor(Perceptrons):
     def forward(self, obs, avail_actions):
         """obs (B, N, O), avail_actions (B, N, A) or None -> (B, N, D): actions in -1..1, or logits."""
         x = super().forward(obs)
-        return x.tanh() if avail_actions is None else x.masked_fill(~avail_actions, -1e9)
+        return x.tanh() if avail_actions is None else torch.where(avail_actions, x, -1e9)
 
 
 class Critic(Perceptrons):
@@ -203,7 +203,7 @@ class Critic(Perceptrons):
 
     def forward(self, state, joint_actions):
         """state (B, S), joint_actions (B, M, N * D) -> q (B, M); M any with one critic, else N."""
-        state = state.unsqueeze(1).expand(-1, joint_actions.shape[1], -1)  # (B, M, S)
+        state = state.unsqueeze(1).expand(*joint_actions.shape[:2], -1)  # (B, M, S)
         return super().forward(torch.cat([state, joint_actions], -1)).squeeze(-1)
 
 
@@ -363,10 +363,12 @@ def encode(actor, actions):
 def descend(optimizer, loss, max_grad_norm):
     """One step down the gradient, clipped at a norm (0: not); returns the norm."""
     parameters = optimizer.param_groups[0]["params"]
-    # of these parameters only: the actor's loss runs through the critic
-    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+    grads = torch.autograd.grad(loss, parameters)  # of no others: the actor's loss runs through the critic
+    grad_norm = nn.utils.get_total_norm(grads)
+    for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    if max_grad_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
     optimizer.step()
     return grad_norm
 
@@ -378,28 +380,36 @@ def follow(target, network, tau):
         slow.lerp_(fast, tau)
 
 
+def merge(*parts):
+    """Tensors (B, ...), or their first row (1, ...) if all rows are the same: one state stands for all."""
+    same = torch.stack([(x == x[:1]).all() for x in parts]).all()
+    return [x[:1] for x in parts] if same else parts
+
+
 def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator):
     """Critic, actors and targets on one batch, as in Algorithm 1 of [MADDPG]."""
     discrete, reward = batch.avail_actions is not None, args.reward_scale * batch.reward
     actions = encode(actor, batch.actions)  # (B, N, D)
+    obs, next_obs, next_state = merge(batch.obs, batch.next_obs, batch.next_state)  # (U, ...), U = B or 1
 
     # critic
     with torch.no_grad():
-        next_actions = actor_target(batch.next_obs, batch.next_avail_actions)  # (B, N, D)
+        next_actions = actor_target(next_obs, batch.next_avail_actions)  # (U, N, D)
         if discrete:
             next_actions = gumbel_softmax(next_actions, generator)
-        next_joint = next_actions.flatten(1).unsqueeze(1).expand(-1, critic.groups, -1)  # (B, G, N * D)
-        next_q = critic_target(batch.next_state, next_joint)  # (B, G)
+        next_joint = next_actions.flatten(1).unsqueeze(1).expand(-1, critic.groups, -1)  # (U, G, N * D)
+        next_q = critic_target(next_state, next_joint).expand(len(actions), -1)  # (B, G)
         reward, terminated = (x.view(len(x), -1).expand_as(next_q) for x in (reward, batch.terminated))
         td_target = td_targets(reward, terminated, next_q, args.gamma)  # (B, G)
-    q_taken = critic(batch.state, actions.flatten(1).unsqueeze(1).expand_as(next_joint))  # (B, G)
+    joint_actions = actions.flatten(1).unsqueeze(1).expand(-1, critic.groups, -1)  # (B, G, N * D)
+    q_taken = critic(batch.state, joint_actions)  # (B, G)
     assert td_target.shape == q_taken.shape
     # Eq. 6 of [MADDPG]: L = E[(Q(x, a_1..a_N) - y)^2]
     critic_loss = (q_taken - td_target).square().mean(0).sum()
     grad_norm_critic = descend(optimizers[1], critic_loss, args.max_grad_norm)
 
     # actor
-    policy = actor(batch.obs, batch.avail_actions)  # (B, N, D)
+    policy = actor(obs, batch.avail_actions).expand_as(actions)  # (B, N, D)
     own = gumbel_softmax(policy, generator) if discrete else policy
     others = actions if args.others_actions == "replayed" else own.detach()
     # Eq. 5 of [MADDPG]: grad J_i = E[grad mu_i(o_i) grad_{a_i} Q(x, a_1..a_N)] at a_i = mu_i(o_i)

@@ -203,7 +203,7 @@ class Critic(Perceptrons):
 
     def forward(self, state, joint_actions):
         """state (B, S), joint_actions (B, M, N * D) -> q (B, M); M any with one critic, else N."""
-        state = state.unsqueeze(1).expand(-1, joint_actions.shape[1], -1)  # (B, M, S)
+        state = state.unsqueeze(1).expand(*joint_actions.shape[:2], -1)  # (B, M, S)
         return super().forward(torch.cat([state, joint_actions], -1)).squeeze(-1)
 
 
@@ -367,10 +367,12 @@ def encode(actor, actions):
 def descend(optimizer, loss, max_grad_norm):
     """One step down the gradient, clipped at a norm (0: not); returns the norm."""
     parameters = optimizer.param_groups[0]["params"]
-    # of these parameters only: the actor's loss runs through the critic
-    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+    grads = torch.autograd.grad(loss, parameters)  # of no others: the actor's loss runs through the critic
+    grad_norm = nn.utils.get_total_norm(grads)
+    for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    if max_grad_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
     optimizer.step()
     return grad_norm
 
@@ -382,18 +384,21 @@ def follow(target, network, tau):
         slow.lerp_(fast, tau)
 
 
+def merge(*parts):
+    """Tensors (B, ...), or their first row (1, ...) if all rows are the same: one state stands for all."""
+    same = torch.stack([(x == x[:1]).all() for x in parts]).all()
+    return [x[:1] for x in parts] if same else parts
+
+
 def update(args, actor, critic, critic_target, optimizers, batch, alpha, generator):
     """Critic and samplers on one batch, as in Algorithm 1 of [MASQL]."""
     joint_actions = encode(actor, batch.actions).flatten(1)  # (B, J)
     (_, N, _), J, K = batch.obs.shape, joint_actions.shape[1], args.particles
-    seen = (batch.state, batch.obs.flatten(1), batch.next_state)  # (B, S), (B, N O), (B, S)
-    rows = torch.cat(seen, 1)  # (U, S + N O + S), U = B, or 1 in a game without states
-    rows = rows[:1] if (rows == rows[:1]).all() else rows
-    state, obs, next_state = rows.split([x.shape[1] for x in seen], 1)
+    state, obs, next_state = merge(batch.state, batch.obs, batch.next_state)  # (U, ...), U = B or 1
 
     # critic
     with torch.no_grad():
-        samples = torch.empty(len(rows), args.value_samples, J, device=rows.device)
+        samples = torch.empty(len(next_state), args.value_samples, J, device=next_state.device)
         q_values = critic_target(next_state, samples.uniform_(-1, 1, generator=generator))  # (U, M)
         next_v = soft_value(q_values, alpha, J * math.log(2)).expand_as(batch.reward)  # (B,)
         td_target = td_targets(args.reward_scale * batch.reward, batch.terminated, next_v, args.gamma)  # (B,)
@@ -404,8 +409,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
     grad_norm_critic = descend(optimizers[1], critic_loss, args.max_grad_norm)
 
     # actor
-    noise = torch.randn(len(rows), 2 * K, N, J, generator=generator, device=rows.device)
-    actions = actor(obs.unflatten(1, (N, -1)), noise).transpose(1, 2)  # (U, N, 2 K, J), each agent's apart
+    noise = torch.randn(len(obs), 2 * K, N, J, generator=generator, device=obs.device)
+    actions = actor(obs, noise).transpose(1, 2)  # (U, N, 2 K, J), each agent's apart
     fixed, updated = actions[:, :, :K].detach().requires_grad_(), actions[:, :, K:]  # (U, N, K, J)
     q_values = critic(state, fixed.flatten(1, 2))  # (U, N K)
     score = torch.autograd.grad(q_values.sum() / alpha, fixed)[0]  # (U, N, K, J)
