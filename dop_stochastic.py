@@ -135,6 +135,10 @@ PRESETS = {
         num_envs=4, critic_lr=1e-4, actor_gradient="sampled", separate_critics=True, epsilon_start=1.0,
         epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8, total_timesteps=2_000_000,
     ),
+    "cdm": dict(
+        num_envs=4, critic_updates=1, total_timesteps=20_000, epsilon_steps=5_000, eval_every=1_000,
+        eval_episodes=1, log_every=100,
+    ),
 }  # fmt: skip
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
 LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "critic_warmup"), (0, math.inf))
@@ -171,7 +175,7 @@ def parse_args():
 
 # ---- networks ----
 class Actor(nn.Module):
-    """Policy logits from an agent's history: layer, GRU, layer (Appendix G.1 of [DOP]), shared by agents."""
+    """Policy logits or Q values from an agent's history: layer, GRU, layer, shared by agents."""
 
     def __init__(self, obs_dim, n_agents, n_actions, hidden_dim):
         super().__init__()
@@ -278,15 +282,18 @@ def tree_backup_targets(reward, terminated, mask, q_tot, next_v, pi_joint, gamma
     return td_target
 
 
-def td_lambda_targets(reward, terminated, mask, q_tot, next_q, gamma, td_lambda):
-    """On-policy targets; all (B, T) as above; next_q: Q_tot one step later, a truncated end's E_pi[Q_tot]."""
-    assert reward.shape == terminated.shape == mask.shape == q_tot.shape == next_q.shape
-    delta = (reward + gamma * (1 - terminated.to(reward.dtype)) * next_q - q_tot) * mask
+def td_lambda_targets(reward, terminated, mask, q_taken, next_q, gamma, td_lambda):
+    """On-policy targets; all (B, T, ...), one episode per row, mask 0 behind its end.
+
+    q_taken: of the actions played; next_q: the same one step later, a truncated end's expected one.
+    """
+    assert reward.shape == terminated.shape == mask.shape == q_taken.shape == next_q.shape
+    delta = (reward + gamma * (1 - terminated.to(reward.dtype)) * next_q - q_taken) * mask
     sums = [torch.zeros_like(delta[:, 0])]
     for t in reversed(range(reward.shape[1])):
-        # Eq. 8 of [DOP]: y_t = Q_tot + sum_l (gamma lambda)^l delta_{t+l}, summed from the end
+        # lambda return: y_t = Q + sum_l (gamma lambda)^l delta_{t+l}, summed from the end
         sums.append(delta[:, t] + gamma * td_lambda * sums[-1])
-    return q_tot + torch.stack(sums[:0:-1], 1)
+    return q_taken + torch.stack(sums[:0:-1], 1)
 
 
 def expected_policy_gradient_loss(k, q_values, pi, mask):
@@ -452,11 +459,11 @@ def evaluate_steps(critic, state, valid):
     return [x.new_zeros(*valid.shape, *x.shape[1:]).index_put((valid,), x) for x in critic(state[valid])]
 
 
-def descend(optimizer, loss):
-    """One step down the gradient, clipped at a norm of 20 (official code); returns the norm."""
+def descend(optimizer, loss, max_norm):
+    """One step down the gradient, clipped at `max_norm`; returns its norm before."""
     optimizer.zero_grad()
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 20.0)
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
     return grad_norm
 
@@ -475,7 +482,10 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
             actor_loss = expected_policy_gradient_loss(k, q_values, pi[:, :-1], on.mask)
         else:
             actor_loss = sampled_policy_gradient_loss(k, q_values, pi[:, :-1], on.actions, on.mask)
-        logs = {"actor_loss": actor_loss.detach(), "grad_norm_actor": descend(optimizers[0], actor_loss)}
+        logs = {
+            "actor_loss": actor_loss.detach(),
+            "grad_norm_actor": descend(optimizers[0], actor_loss, 20.0),
+        }
 
     # targets
     with torch.no_grad():
@@ -494,6 +504,7 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         pi_joint = pi[:, :-1].gather(-1, actions).squeeze(-1).prod(-1)  # (B, T)
         on_steps = (on.reward, on.terminated, on.mask, q_tot[:n], next_q[:n])
         off_steps = (off.reward, off.terminated, off.mask, q_tot[n:], v[n:, 1:], pi_joint[n:])
+        # Eq. 8 of [DOP], and Eq. 7
         on_target = td_lambda_targets(*on_steps, args.gamma, args.td_lambda)  # (n, T)
         off_target = tree_backup_targets(*off_steps, args.gamma, args.tb_lambda, args.n_steps)  # (B - n, T)
         td_target = torch.cat([on_target, off_target])  # (B, T)
@@ -512,7 +523,7 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         assert td_target.shape == q_tot.shape
         # Eq. 6 of [DOP]: L = kappa L_TB + (1 - kappa) L_On, each a mean over its own transitions
         critic_loss = len(order) * (weight * (td_target - q_tot).square()).sum()
-        grad_norm = descend(optimizers[1], critic_loss)
+        grad_norm = descend(optimizers[1], critic_loss, 20.0)  # official code
         steps.append(torch.stack([critic_loss.detach(), grad_norm, q_tot.detach().mean()]))
     logs["critic_loss"], logs["grad_norm_critic"], logs["q_taken"] = torch.stack(steps).mean(0)
     return logs | {"td_target": batch[2].mean(), "entropy": entropy[on.mask].mean()}

@@ -189,8 +189,8 @@ class Actor(Perceptrons):
 
     def __init__(self, groups, *sizes, low, high, final_init):
         super().__init__(groups, *sizes, final_init=final_init)
-        self.register_buffer("centre", (low + high) / 2)  # (N, D), of the environment's bounds
-        self.register_buffer("reach", (high - low) / 2)  # (N, D)
+        self.register_buffer("low", low)  # (N, D), the environment's bounds
+        self.register_buffer("high", high)
 
     def forward(self, obs, avail_actions):
         """obs (B, N, O), avail_actions (B, N, A) or None -> (B, N, D): actions in -1..1, or logits."""
@@ -294,7 +294,7 @@ def act(actor, obs, avail_actions, memory=None, generator=None, theta=1.0, sigma
             policy.new_zeros(policy.shape) if memory is None else memory, theta, sigma, generator
         )
         policy = (policy + memory).clamp(-1, 1)
-    return actor.centre + actor.reach * policy, memory
+    return torch.lerp(actor.low, actor.high, (policy + 1) / 2), memory
 
 
 def episode_metrics(info):
@@ -356,8 +356,8 @@ def load(run, parts, generators=()):
 def encode(actor, actions):
     """Actions (B, N, D) for the critic, of those for the environment: scaled to -1..1, or one-hot vectors."""
     if actions.dtype == torch.int64:
-        return F.one_hot(actions, actor.reach.shape[-1]).float()
-    return (actions - actor.centre) / actor.reach
+        return F.one_hot(actions, actor.high.shape[-1]).float()
+    return 2 * (actions - actor.low) / (actor.high - actor.low) - 1
 
 
 def descend(optimizer, loss, max_grad_norm):
@@ -510,7 +510,7 @@ if __name__ == "__main__":
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
         buffer.add(Batch(obs, state, avail_actions, actions, reward, terminated, *final))
         obs, done = next_obs, terminated | truncated  # (B, N, O), (B,)
-        ended = done.nonzero().squeeze(1)  # (E,), the one time per step that Python waits for the device
+        ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
         if memory is not None:
             memory = memory * ~done[:, None, None]
         if len(ended):

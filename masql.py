@@ -189,8 +189,8 @@ class Actor(Perceptrons):
 
     def __init__(self, groups, *sizes, low, high):
         super().__init__(groups, *sizes)
-        self.register_buffer("centre", (low + high) / 2)  # (N, D), of the environment's bounds
-        self.register_buffer("reach", (high - low) / 2)  # (N, D)
+        self.register_buffer("low", low)  # (N, D), the environment's bounds
+        self.register_buffer("high", high)
 
     def forward(self, obs, noise):
         """obs (B, N, O), noise (B, K, N, J) -> K joint actions per agent, in -1..1 (B, K, N, J)."""
@@ -294,13 +294,13 @@ EVALUATION_SEED = 1_000_000
 @torch.no_grad()
 def act(actor, obs, avail_actions, memory=None, generator=None):
     """Actions (B, N, D) of one step, each agent's part of its own sample; zero noise without a generator."""
-    (B, N, _), (_, D) = obs.shape, actor.reach.shape
+    (B, N, _), (_, D) = obs.shape, actor.high.shape
     noise = obs.new_zeros(B, 1, N, N * D)
     if generator is not None:
         noise.normal_(generator=generator)
     joint = actor(obs, noise).view(B, N, N, D)
     own = joint.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, N, D)
-    return actor.centre + actor.reach * own, memory
+    return torch.lerp(actor.low, actor.high, (own + 1) / 2), memory
 
 
 def episode_metrics(info):
@@ -361,7 +361,7 @@ def load(run, parts, generators=()):
 # ---- update ----
 def encode(actor, actions):
     """Actions (B, N, D) for the critic, of those for the environment: scaled to -1..1."""
-    return (actions - actor.centre) / actor.reach
+    return 2 * (actions - actor.low) / (actor.high - actor.low) - 1
 
 
 def descend(optimizer, loss, max_grad_norm):
@@ -500,7 +500,7 @@ if __name__ == "__main__":
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
         buffer.add(Batch(obs, state, avail_actions, actions, reward, terminated, *final))
         obs, done = next_obs, terminated | truncated  # (B, N, O), (B,)
-        ended = done.nonzero().squeeze(1)  # (E,), the one time per step that Python waits for the device
+        ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
         if len(ended):
             recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
         new_steps += args.num_envs

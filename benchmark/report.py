@@ -14,16 +14,18 @@ from benchmark.common import RESULTS, markdown_table
 HEADER = """# Results
 
 Written by `python benchmark/report.py` from the JSON files beside it; [docs/benchmark.md](../benchmark.md)
-tells how they were made. Best, final and last fifth are greedy win rates (last fifth: mean of the evaluations
-after 80% of the steps). Steps to 0.9, and minutes: at the first evaluation with a win rate of 0.90 or more;
-minutes since the launch of the process, compilation and evaluations included. MiB: peak resident memory.
-In the first table: median over seeds (worst seed); a seed that never got there counts as the latest.
+tells how they were made. Best, final and last fifth are of the figure under "metric": greedy win rates mostly
+(last fifth: mean over the points after 80% of the steps). Steps and minutes to target: at the first point at
+or above the target; minutes since the launch of the process, compilation and evaluations included. MiB: peak
+resident memory. In the first table: median over seeds (worst seed); a seed that never got there counts as the
+latest.
 """
 OTHER = {
     "throughput": "Environment steps per second, beside SMAX",
     "update_speed": "Seconds of a training iteration, beside a stand-in of the official update",
     "scripted": "Scripted teams on six maps",
     "saturation": "How sharp the policies have become",
+    "quadratic": "Who finds the better optimum of the quadratic game, and what annealing changes",
 }
 
 
@@ -46,7 +48,8 @@ def overview(report):
     minutes = cell(report, "wall_seconds_to_target", "max", scale=60, digits=1)
     length = number(report["summary"]["steps"]["median"], 0)
     name = f"[{report['name']}](#{report['name']})"
-    return [name, report["env"], len(report["runs"]), length, *fractions, steps, minutes]
+    metric = [report["metric"], *fractions, f"{report['target']:g}"]
+    return [name, report["env"], len(report["runs"]), length, *metric, steps, minutes]
 
 
 def section(report):
@@ -55,7 +58,8 @@ def section(report):
     commits = sorted({(run["commit"] or "unknown")[:10] + "*" * bool(run["dirty"]) for run in report["runs"]})
     hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())
     games = report["settings"].get("eval_episodes", "?")
-    facts = f"{report['engine']}; evaluation over {games} games; commit {', '.join(commits)} (*: changed); "
+    facts = f"{report['engine']}; " if report["engine"] else ""
+    facts += f"evaluation over {games} games; commit {', '.join(commits)} (*: changed); "
     facts += f"{report['date']}; {report['workers']} runs at a time; {hardware}."
     failed = [f"Without a result: {report['failed']}."] if report["failed"] else []
     picture = [f"![{name}]({name}.png)"] if (RESULTS / f"{name}.png").exists() else []
@@ -87,7 +91,8 @@ def main(argv=None):
     ).parse_args(argv)
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     reports = [report for report in reports if "runs" in report]
-    header = ["runs", "map", "seeds", "steps", "best", "final", "last fifth", "steps to 0.9", "minutes"]
+    header = ["runs", "environment", "seeds", "steps", "metric", "best", "final", "last fifth", "target"]
+    header += ["steps to target", "minutes"]
     table = markdown_table(header, [overview(report) for report in reports]).strip()
     links = [f"- [{text}]({name}.md)" for name, text in OTHER.items() if (RESULTS / f"{name}.md").exists()]
     parts = [HEADER.strip(), table, "\n".join(links), *(section(report) for report in reports)]

@@ -1,0 +1,90 @@
+"""Siblings are equal to the byte where the algorithm is equal, so that `diff` shows the algorithm only."""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = {"EPISODE": ["dop_stochastic", "coma", "qmix"], "STEP": ["maddpg", "masql"]}
+FILES = [name for family in FAMILIES.values() for name in family]
+TEXT = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
+# what any file has under these names is the same in all files
+EVERYWHERE = ["fail", "parse_args", "EVALUATION_SEED", "episode_metrics", "evaluate", "due", "save", "load"]
+# names that stand for another thing in each file of a family; all other names that two files share are equal
+DIFFERENT = {
+    "EPISODE": {"Args", "PRESETS", "LIMITS", "update", "act"},
+    "STEP": {"Args", "PRESETS", "LIMITS", "update", "act", "td_targets", "Actor", "encode"},
+}
+BANNERS = ["settings", "networks", "equations", "storage", "acting and evaluation", "saving", "update", "run"]
+BANNERS += ["networks and storage", "run folder", "loop", "close"]
+# parts of main: from the first line that starts with this to the first that starts with that
+EVERYWHERE_IN_MAIN = [
+    ("if __name__", "    # ---- networks and storage ----"),
+    ("    if run := args.evaluate:", "        sys.exit()"),
+    ("    # ---- run folder ----", "    # ---- loop ----"),
+    ("    start_step, start_seconds", "        # act, step"),
+    ("        train_seconds += ", "END"),
+]
+FAMILY_IN_MAIN = {
+    "EPISODE": [("        # act, step", "        # update")],
+    "STEP": [("        new_steps += ", "            losses = "), ("        ended = done", "        if ")],
+}
+
+
+def part(name, start, end):
+    """The lines of a file from one that begins with `start` to the last before one that begins with `end`."""
+    lines = TEXT[name].splitlines() + ["END"]
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    last = next(i for i, line in enumerate(lines[first + 1 :], first + 1) if line.startswith(end))
+    return "\n".join(lines[first:last])
+
+
+def definitions(name):
+    """Name -> source of every function, class and constant of a file."""
+    text, found = TEXT[name], {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(x.lineno for x in node.decorator_list)]) - 1
+            found[node.name] = "\n".join(text.splitlines()[first : node.end_lineno])
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.get_source_segment(text, node)
+    return found
+
+
+def shared_settings(name):
+    """Names, types and help of the settings that all files have; defaults are each file's own."""
+    fields = part(name, "@dataclass", "    # Algorithm specific arguments")
+    return re.sub(r"^(    \w+: [^=]+) = .*$", r"\1", fields, flags=re.MULTILINE)
+
+
+def pairs(names):
+    return list(itertools.pairwise(names))
+
+
+@pytest.mark.parametrize(("one", "other"), pairs(FILES))
+def test_all_files_share_their_frame(one, other):
+    assert shared_settings(one) == shared_settings(other)
+    mine, yours = definitions(one), definitions(other)
+    for name in EVERYWHERE:
+        assert mine[name] == yours[name], name
+    for start, end in EVERYWHERE_IN_MAIN:
+        assert part(one, start, end) == part(other, start, end)
+
+
+@pytest.mark.parametrize(("family", "one", "other"), [(f, *p) for f, n in FAMILIES.items() for p in pairs(n)])
+def test_a_family_shares_what_it_can(family, one, other):
+    mine, yours = definitions(one), definitions(other)
+    for name in (mine.keys() & yours.keys()) - DIFFERENT[family]:
+        assert mine[name] == yours[name], name
+    for start, end in FAMILY_IN_MAIN[family]:
+        assert part(one, start, end) == part(other, start, end)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_has_the_same_order(name):
+    assert re.findall(r"^ *# ---- (.+) ----$", TEXT[name], flags=re.MULTILINE) == BANNERS
+    local = re.findall(r"^(?:from|import) (?:envs|benchmark|tests).*$", TEXT[name], flags=re.MULTILINE)
+    assert local == ["from envs import make"]
