@@ -21,12 +21,17 @@ from dop_stochastic import (
     sample_actions,
     sampled_expected_q,
     sampled_policy_gradient_loss,
-    td_lambda_targets,
     tree_backup_targets,
 )
+from dop_stochastic import td_lambda_targets as td_lambda_targets_of_siblings
 
 GARBAGE = 1e6  # finite, so that a product with a mask of zero can remove it
 DRAWS = 1_000_000
+
+
+def td_lambda_targets(q_tot, **inputs):
+    """Under its name in [DOP]: siblings that share the function have other values than Q_tot."""
+    return td_lambda_targets_of_siblings(q_taken=q_tot, **inputs)
 
 
 def generator(seed):
