@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import common, plot, run_seeds, scripted, throughput, update_speed
+from benchmark import common, plot, quadratic, run_seeds, scripted, throughput, update_speed
 from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
@@ -278,3 +278,39 @@ def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "u.json").read_text())["results"]
     assert [x["way"] for x in results] == ["default", "paper", "official stand-in"]
     assert all(x["seconds"] > 0 for x in results)
+
+
+# ---- quadratic.py ----
+def test_wilsons_interval():
+    """Wilson 1927 in its textbook form, and two values of published tables."""
+    assert quadratic.wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
+    assert quadratic.wilson(0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
+    rate, n, z = 7 / 20, 20, 1.96
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    assert quadratic.wilson(7, 20) == pytest.approx((middle - half, middle + half))
+
+
+def test_quadratic_tables(tmp_path, monkeypatch, capsys):
+    def report(name, finals, **settings):
+        runs = [
+            {"curves": {"charts/episodic_return": {"value": [-500.0] * 10 + [100 * x] * 5}}}
+            | {"wall_seconds": 20.0 + i, "commit": "abc"}
+            for i, x in enumerate(finals)
+        ]
+        facts = dict(name=name, command=f"python {name}", date="today", workers=2, hardware={"cpu": "x"})
+        common.write_json(tmp_path / f"{name}.json", facts | dict(runs=runs, settings=settings, seeds=[1, 2]))
+
+    monkeypatch.setattr(quadratic, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="no masql_quadratic.json"):
+        quadratic.main([])
+    report("masql_quadratic", [9.9, 9.5, 0.1], annealing="exponential", alpha_start=1.0)
+    report("masql_quadratic_linear_0.2", [9.9, 8.9], annealing="linear", alpha_start=0.2)
+    report("maddpg_quadratic", [-0.5, 0.0])
+    quadratic.main([])
+    text = (tmp_path / "quadratic.md").read_text()
+    assert "| 2 of 3 (21 to 94%) | 72% of 50 | 0.10 / 9.50 / 9.90 | 21.0 (22.0) |" in text
+    assert "| 0 of 2 (0 to 66%) | 0 of 50 |" in text
+    assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
+    assert "| exponential | 2 of 3 (21 to 94%) | - |" in text
+    assert "| linear | - | 1 of 2 (9 to 91%) |" in text

@@ -10,10 +10,30 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def output(command, folder):
+    """What `python <command>` prints, run in a folder of its own."""
+    name, *flags = command.split()
+    words = [sys.executable, str(ROOT / name), *flags, "--run-dir", str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.slow
 def test_stochastic_dop_learns_to_win_mmm(tmp_path):
-    flags = "--env mmm --total-timesteps 160000 --eval-every 20000 --seed 6".split()
-    command = [sys.executable, str(ROOT / "dop_stochastic.py"), *flags, "--run-dir", str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = output("dop_stochastic.py --env mmm --total-timesteps 160000 --eval-every 20000 --seed 6", tmp_path)
     win_rates = [float(x) for x in re.findall(r"win_rate (\d\.\d+)", out)]
     assert len(win_rates) == 8 and max(win_rates) >= 0.9  # random and idle teams never win
+
+
+@pytest.mark.slow
+def test_masql_finds_the_better_optimum_and_maddpg_the_other(tmp_path):
+    for name, low, high in (("masql.py", 900, 1000), ("maddpg.py", -100, 0)):
+        out = output(f"{name} --env quadratic", tmp_path)
+        assert low < float(re.findall(r"episodic_return (-?\d+\.\d+)", out)[-1]) <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coma.py", "qmix.py"])
+def test_learns_to_win_3m(name, tmp_path):
+    out = output(f"{name} --env 3m --total-timesteps 200000 --eval-every 10000", tmp_path)
+    win_rates = [float(x) for x in re.findall(r"win_rate (\d\.\d+)", out)]
+    assert max(win_rates) >= 0.9  # random and idle teams never win
