@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -62,6 +63,28 @@ def describe(facts):
     dirty = " with uncommitted changes" if facts["dirty"] else ""
     commit = (facts["commit"] or "unknown")[:10]
     return f"`{facts['command']}`, commit {commit}{dirty}, {facts['date']}; {hardware}."
+
+
+def source(report):
+    """Where the numbers of a file of run_seeds.py come from, as an item of a Markdown list."""
+    commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
+    hardware = ", ".join(f"{name} {value}" for name, value in report["hardware"].items())
+    made = f"commit {commits}, {report['date']}, {report['workers']} at a time; {hardware}"
+    seeds = f"seeds {report['seeds'][0]} to {report['seeds'][-1]}"
+    return f"- {report['name']}: `{report['command']}`, {seeds}, {made}"
+
+
+def wilson(successes, n, z=1.96):
+    """Wilson's 95% interval of a rate, (low, high)."""
+    rate, spread = successes / n, z * math.sqrt(successes * (n - successes) / n + z * z / 4) / n
+    centre, scale = rate + z * z / (2 * n), 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def success_rate(outcomes):
+    """How many of a list of bools are True, with Wilson's 95% interval: "7 of 20 (18 to 57%)"."""
+    low, high = wilson(sum(outcomes), len(outcomes))
+    return f"{sum(outcomes)} of {len(outcomes)} ({100 * low:.0f} to {100 * high:.0f}%)"
 
 
 def markdown_table(header, rows):

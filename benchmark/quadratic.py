@@ -10,23 +10,15 @@ it is 10 there and 0 at the other.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, markdown_table
+from benchmark.common import RESULTS, markdown_table, source, success_rate
 
 EPOCH, LAST, THRESHOLD = 100, 5, 9.0  # steps, epochs, reward
 PAPER = {"masql": "72% of 50", "maddpg": "0 of 50"}
-
-
-def wilson(successes, n, z=1.96):
-    """Wilson's 95% interval of a rate, (low, high)."""
-    rate, spread = successes / n, z * math.sqrt(successes * (n - successes) / n + z * z / 4) / n
-    centre, scale = rate + z * z / (2 * n), 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def final_reward(run):
@@ -35,11 +27,8 @@ def final_reward(run):
 
 
 def rate(report):
-    """How many runs of a file converged, with the interval in percent."""
-    runs = report["runs"]
-    converged = sum(final_reward(run) > THRESHOLD for run in runs)
-    low, high = wilson(converged, len(runs))
-    return f"{converged} of {len(runs)} ({100 * low:.0f} to {100 * high:.0f}%)"
+    """How many runs of a file converged, with the interval."""
+    return success_rate([final_reward(run) > THRESHOLD for run in report["runs"]])
 
 
 def algorithms(reports):
@@ -71,15 +60,6 @@ def annealing(reports):
     return markdown_table(["annealing", *(f"alpha from {start:g}" for start in starts)], rows)
 
 
-def facts(report):
-    """Where a file's numbers come from, in one line."""
-    commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
-    hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())
-    seeds = f"seeds {report['seeds'][0]} to {report['seeds'][-1]}"
-    made = f"{seeds}, commit {commits}, {report['date']}, {report['workers']} at a time; {hardware}"
-    return f"- {report['name']}: `{report['command']}`, {made}"
-
-
 def main(argv=None):
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,7 +83,7 @@ Annealing of MASQL's temperature to 0.001 from step 10,000 on, over 1,500 steps 
 Sources:
 
 """
-    text += "\n".join(facts(report) for report in reports.values()) + "\n"
+    text += "\n".join(source(report) for report in reports.values()) + "\n"
     (RESULTS / "quadratic.md").write_text(text)
     print(f"written: {RESULTS / 'quadratic.md'}")
 

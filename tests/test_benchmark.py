@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import common, plot, quadratic, run_seeds, scripted, throughput, update_speed
+from benchmark import common, diffs, plot, quadratic, run_seeds, scripted, throughput, update_speed
 from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
@@ -283,12 +283,12 @@ def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
 # ---- quadratic.py ----
 def test_wilsons_interval():
     """Wilson 1927 in its textbook form, and two values of published tables."""
-    assert quadratic.wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
-    assert quadratic.wilson(0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
+    assert common.wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
+    assert common.wilson(0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
     rate, n, z = 7 / 20, 20, 1.96
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    assert quadratic.wilson(7, 20) == pytest.approx((middle - half, middle + half))
+    assert common.wilson(7, 20) == pytest.approx((middle - half, middle + half))
 
 
 def test_quadratic_tables(tmp_path, monkeypatch, capsys):
@@ -314,3 +314,13 @@ def test_quadratic_tables(tmp_path, monkeypatch, capsys):
     assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
     assert "| exponential | 2 of 3 (21 to 94%) | - |" in text
     assert "| linear | - | 1 of 2 (9 to 91%) |" in text
+
+
+def test_diffs_count_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diffs, "RESULTS", tmp_path)
+    monkeypatch.setattr(diffs, "ROOT", tmp_path)
+    monkeypatch.setattr(diffs, "FAMILIES", {"single steps": ["one.py", "two.py"]})
+    (tmp_path / "one.py").write_text("a\nb\nc\n")
+    (tmp_path / "two.py").write_text("a\nx\ny\nc\n")
+    diffs.main([])
+    assert "| `diff one.py two.py` | 1 | 2 | 2 |" in (tmp_path / "diffs.md").read_text()

@@ -1,0 +1,44 @@
+"""docs/results/diffs.md: how many lines two algorithm files share, and how many each has alone.
+
+python benchmark/diffs.py
+"""
+
+import argparse
+import difflib
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata
+
+FAMILIES = {
+    "whole episodes": ["dop_stochastic.py", "coma.py", "qmix.py"],
+    "single steps": ["maddpg.py", "masql.py"],
+}
+
+
+def row(one, other):
+    """The command, the lines that only the first or only the second file has, and the lines of both."""
+    texts = [(ROOT / name).read_text().splitlines() for name in (one, other)]
+    matcher = difflib.SequenceMatcher(None, *texts, autojunk=False)
+    same = sum(block.size for block in matcher.get_matching_blocks())
+    return [f"`diff {one} {other}`", len(texts[0]) - same, len(texts[1]) - same, same]
+
+
+def main(argv=None):
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
+    parts = ["# What the diff of two files shows", describe(metadata("python benchmark/diffs.py"))]
+    for family, names in FAMILIES.items():
+        rows = [row(one, other) for one, other in itertools.combinations(names, 2)]
+        lengths = ", ".join(f"{name} {len((ROOT / name).read_text().splitlines())} lines" for name in names)
+        table = markdown_table(["", "only in the first", "only in the second", "in both"], rows).strip()
+        parts += [f"Learning from {family}: {lengths}.", table]
+    (RESULTS / "diffs.md").write_text("\n\n".join(parts) + "\n")
+    print(f"written: {RESULTS / 'diffs.md'}")
+
+
+if __name__ == "__main__":
+    main()
