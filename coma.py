@@ -109,7 +109,7 @@ PRESETS = {
     # target after 200 of these
     "paper": dict(num_envs=8, critic_updates=60, target_period=3, total_timesteps=2_000_000),
     "cdm": dict(
-        num_envs=8, critic_updates=1, total_timesteps=20_000, epsilon_steps=5_000, eval_every=1_000,
+        num_envs=8, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000, eval_every=500,
         eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip

@@ -136,7 +136,7 @@ PRESETS = {
         epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8, total_timesteps=2_000_000,
     ),
     "cdm": dict(
-        num_envs=4, critic_updates=1, total_timesteps=20_000, epsilon_steps=5_000, eval_every=1_000,
+        num_envs=4, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000, eval_every=500,
         eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip

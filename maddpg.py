@@ -127,6 +127,10 @@ PRESETS = {
         actor_lr=1e-4, critic_lr=1e-3, critic_weight_decay=1e-2, gamma=0.99, tau=1e-3, hidden_dim=100,
         final_init=3e-3, max_grad_norm=0, batch_size=64, warmup_steps=1_000, update_every=1, reward_scale=0.1,
     ),
+    "cdm": dict(
+        total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,
+        batch_size=128, warmup_steps=256, update_every=4,
+    ),
 }  # fmt: skip
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
 LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "warmup_steps"), (0, math.inf))

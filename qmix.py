@@ -105,7 +105,7 @@ class Args:
 PRESETS = {
     "paper": dict(num_envs=1, target_period=200, total_timesteps=2_000_000),
     "cdm": dict(
-        total_timesteps=20_000, epsilon_steps=5_000, episodes_per_iteration=4, eval_every=1_000,
+        total_timesteps=10_000, epsilon_steps=5_000, episodes_per_iteration=4, eval_every=500,
         eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip

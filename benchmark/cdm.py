@@ -3,7 +3,7 @@
     python benchmark/cdm.py
 
 Reads the files cdm_<protocol>_<method>.json that run_seeds.py wrote (docs/benchmark.md has the commands and
-the protocols). The greedy return of an evaluation is 10 or -10. Found: 10 in at least one evaluation. Held: 10 in
+the protocols). An evaluation returns 10 or -10. Found: 10 in at least one evaluation. Held: 10 in
 each of the last five. Lost: found and not held.
 """
 
