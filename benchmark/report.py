@@ -25,6 +25,7 @@ OTHER = {
     "update_speed": "Seconds of a training iteration, beside a stand-in of the official update",
     "scripted": "Scripted teams on six maps",
     "saturation": "How sharp the policies have become",
+    "cdm": "Who finds and who holds the optimum of the mismatch game",
     "diffs": "How many lines two algorithm files share",
     "quadratic": "Who finds the better optimum of the quadratic game, and what annealing changes",
 }
