@@ -14,10 +14,11 @@ B games or batch, N agents, D action dimensions, J = N D joint ones, O observati
 G networks, M inputs of a network.
 
 Differs from the papers:
-1. alpha divides Q in the value and in the samplers, and rewards are scaled by their own flag, as in [MASQL];
-2. the value's samples stay uniform throughout ([SQL] changes to the sampler's own);
-3. each agent draws the noise of its sampler for itself: parts of one joint action fit when alpha is low;
-4. where all states of a minibatch are the same, one stands for all: the same expectation, less work;
+1. the samplers' own spread is the only exploration: [SQL] adds noise, which would hide the reward of (5, 5);
+2. the value's samples stay uniform ([SQL] changes to the sampler's own); the samplers' noise stays random while
+   alpha falls ([SQL] fixes it), and each agent draws its own;
+3. as in the official code of [SQL], the kernel's width is median / log K and log(1 - a^2) joins the density;
+4. where all states of a minibatch are the same, one stands for all: the same expectation in less time;
 5. evaluation feeds the samplers zero noise;
 6. an episode ended by the clock bootstraps from its own last observation.
 """
@@ -54,11 +55,11 @@ class Args:
     seed: int = 1
     """seed of networks, games, exploration and sampling; evaluation has its own"""
     env: str = "quadratic"
-    """environment id, in any case; arguments of the environment go behind commas (cdm,n_agents=5)"""
+    """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives; auto takes cuda if there is one"""
     compile: bool = False
-    """torch.compile the step of the training games"""
+    """torch.compile the step of the training games (SMAC only)"""
     total_timesteps: int = 100_000
     """environment steps of the run; one step of one game counts as 1"""
     num_envs: int = 1
@@ -86,7 +87,7 @@ class Args:
     critic_lr: float = 1e-3
     """learning rate of the critic (appendix of [SQL])"""
     gamma: float = 0.99
-    """discount (appendix of [SQL])"""
+    """discount (section 7 of [DDPG])"""
     hidden_dim: int = 100
     """units of the two hidden layers (Experiments of [MASQL])"""
     max_grad_norm: float = 0.0
@@ -106,7 +107,7 @@ class Args:
     alpha_end: float = 1e-3
     """temperature after the annealing (Experiments of [MASQL])"""
     annealing: Literal["exponential", "linear", "instant"] = "exponential"
-    """how alpha falls ([MASQL] leaves it open)"""
+    """how alpha falls (exponentially in the appendix of [SQL]; [MASQL] leaves it open)"""
     anneal_start: int = 60_000
     """environment step at which alpha begins to fall"""
     anneal_steps: int = 20_000
@@ -225,7 +226,7 @@ def svgd_direction(fixed, score, updated):
     """Where to move the actions `updated` (B, K, J), given others `fixed` and their score (both (B, K, J)).
 
     Returns (B, K, J), the steepest descent of the KL-divergence of Eq. 3 of [MASQL] in the kernel's space;
-    score = grad_a Q / alpha is the gradient of the log density that the actions should get.
+    score, mostly grad_a Q / alpha, is the gradient of the log density that the actions should get.
     """
     assert fixed.shape == score.shape
     difference = fixed.unsqueeze(2) - updated.unsqueeze(1)  # (B, K, K, J)
@@ -234,7 +235,7 @@ def svgd_direction(fixed, score, updated):
     width = (distance.flatten(1).median(1).values / math.log(fixed.shape[1])).clamp_min(1e-3)[:, None, None]
     kernel = (-distance / width).exp()  # (B, K, K), k(fixed, updated)
     kernel_gradient = (-2 / width * kernel).unsqueeze(-1) * difference  # (B, K, K, J), by fixed
-    # Eq. 13 of [SQL]: E_{a ~ pi}[k(a, f) grad_a Q / alpha + grad_a k(a, f)]
+    # Eq. 13 of [SQL] over alpha, as Eq. 3 of [MASQL]: E_{a ~ pi}[k(a, f) grad_a Q / alpha + grad_a k(a, f)]
     return (kernel.unsqueeze(-1) * score.unsqueeze(2) + kernel_gradient).mean(1)
 
 
@@ -354,7 +355,7 @@ def load(run, parts, generators=()):
             if state.shape == generator.get_state().shape:  # else it comes from another kind of device
                 generator.set_state(state)
     except Exception as error:  # a broken file may fail anywhere in the unpickler
-        fail(f"{run}/model.pt is broken or not from this algorithm ({type(error).__name__}); start a new run")
+        fail(f"{run}/model.pt is broken or does not fit the algorithm or the sizes asked for: {error}")
     return checkpoint
 
 
@@ -412,8 +413,10 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
     noise = torch.randn(len(obs), 2 * K, N, J, generator=generator, device=obs.device)
     actions = actor(obs, noise).transpose(1, 2)  # (U, N, 2 K, J), each agent's apart
     fixed, updated = actions[:, :, :K].detach().requires_grad_(), actions[:, :, K:]  # (U, N, K, J)
-    q_values = critic(state, fixed.flatten(1, 2))  # (U, N K)
-    score = torch.autograd.grad(q_values.sum() / alpha, fixed)[0]  # (U, N, K, J)
+    # NOTE: as the official code of [SQL]: without this term particles push each other onto the bounds
+    squash = (1 - fixed.square() + 1e-6).log().sum()
+    log_density = critic(state, fixed.flatten(1, 2)).sum() / alpha + squash
+    score = torch.autograd.grad(log_density, fixed)[0]  # (U, N, K, J)
     direction = svgd_direction(*(x.flatten(0, 1) for x in (fixed.detach(), score, updated.detach())))
     # Eq. 14 of [SQL]: grad J = E_noise[direction grad f(noise, s)]
     actor_loss = -(direction.view_as(updated) * updated).sum(-1).mean((0, 2)).sum()

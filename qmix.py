@@ -52,11 +52,11 @@ class Args:
     seed: int = 1
     """seed of networks, games, exploration and sampling; evaluation has its own"""
     env: str = "mmm"
-    """environment id, in any case; arguments of the environment go behind commas (cdm,n_agents=5)"""
+    """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives; auto takes cuda if there is one"""
     compile: bool = False
-    """torch.compile the step of the training games"""
+    """torch.compile the step of the training games (SMAC only)"""
     total_timesteps: int = 500_000
     """environment steps of the run; one step of one game counts as 1"""
     num_envs: int = 16
@@ -350,7 +350,7 @@ def load(run, parts, generators=()):
             if state.shape == generator.get_state().shape:  # else it comes from another kind of device
                 generator.set_state(state)
     except Exception as error:  # a broken file may fail anywhere in the unpickler
-        fail(f"{run}/model.pt is broken or not from this algorithm ({type(error).__name__}); start a new run")
+        fail(f"{run}/model.pt is broken or does not fit the algorithm or the sizes asked for: {error}")
     return checkpoint
 
 
