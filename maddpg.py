@@ -102,7 +102,7 @@ class Args:
     warmup_steps: int = 25_600
     """environment steps before the first update (official code: batch size x 25)"""
     warmup_actions: Literal["untrained", "uniform"] = "untrained"
-    """who acts until then: the untrained policies with their noise, or uniform draws"""
+    """who acts until then, also in a resumed run: the policies with their noise, or uniform draws"""
     update_every: int = 100
     """environment steps per update (appendix of [MADDPG])"""
     others_actions: Literal["replayed", "current"] = "replayed"

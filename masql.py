@@ -15,8 +15,8 @@ G networks, M inputs of a network.
 
 Differs from the papers:
 1. the samplers' own spread is the only exploration: [SQL] adds noise, which would hide the reward of (5, 5);
-2. the value's samples stay uniform ([SQL] changes to the sampler's own); the samplers' noise stays random while
-   alpha falls ([SQL] fixes it), and each agent draws its own;
+2. the value's samples stay uniform ([SQL] changes to the sampler's own); the samplers' noise stays random
+   while alpha falls ([SQL] fixes it), and each agent draws its own;
 3. as in the official code of [SQL], the kernel's width is median / log K and log(1 - a^2) joins the density;
 4. where all states of a minibatch are the same, one stands for all: the same expectation in less time;
 5. evaluation feeds the samplers zero noise;

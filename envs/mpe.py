@@ -156,7 +156,7 @@ class _Arena(_Task):
     of time left if `timed`, `silent` zeros. state: velocities, positions, landmarks, the same share if timed.
     """
 
-    def __init__(self, n_agents, n_landmarks, timed, silent, dtype, **shared):
+    def __init__(self, n_agents, n_landmarks, timed, silent, dtype, *shared):
         _require_positive(n_agents=n_agents)
         state_dim = 4 * n_agents + 2 * n_landmarks + timed
         vel, pos, landmark = (
@@ -169,7 +169,7 @@ class _Arena(_Task):
             seen = torch.cat([landmark, pos[:i], pos[i + 1 :]])  # (L + N - 1, 2)
             plus += [*vel[i], *pos[i], *seen.flatten(), *[clock] * timed, *[zero] * silent]
             minus += [*[zero] * 4, *pos[i].repeat(len(seen)), *[zero] * (timed + silent)]
-        super().__init__(n_agents, len(plus) // n_agents, state_dim, 25, PUSHES, **shared)
+        super().__init__(n_agents, len(plus) // n_agents, state_dim, 25, PUSHES, *shared)
         self._timed = timed
         self._plus = torch.tensor(plus, device=self.device)  # (N * O,)
         self._minus = torch.tensor(minus, device=self.device)
@@ -212,14 +212,15 @@ class Spread(_Arena):
     The team reward is their mean. Raises ValueError for n_agents < 1 and a local_ratio outside 0 to 1.
     """
 
-    def __init__(self, n_agents=3, local_ratio=0.5, **shared):
+    def __init__(
+        self, num_envs, device, seed, validate=True, discrete=False, n_agents=3, local_ratio=0.5
+    ):  # fmt: skip
         if not 0 <= local_ratio <= 1:
             raise ValueError(f"local_ratio must be from 0 to 1, got {local_ratio}")
         # mpe2 shows two channels of every other agent, all silent. Its contacts are so stiff that they blow
         # rounding errors up, some a thousandfold: in float32 a game leaves mpe2's path.
-        super().__init__(
-            n_agents, n_agents, timed=False, silent=2 * (n_agents - 1), dtype=torch.float64, **shared
-        )
+        sizes = (n_agents, n_agents, False, 2 * (n_agents - 1), torch.float64)
+        super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._local_ratio = local_ratio
         self._never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (B,)
 
@@ -246,9 +247,10 @@ class Aggregation(_Arena):
     tells success. Raises ValueError for n_agents < 1 and a radius that is not positive.
     """
 
-    def __init__(self, n_agents=5, radius=0.5, **shared):
+    def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.5):
         _require_positive(radius=radius)
-        super().__init__(n_agents, 1, timed=True, silent=0, dtype=torch.float32, **shared)
+        sizes = (n_agents, 1, True, 0, torch.float32)
+        super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._radius = radius
 
     def _advance(self, actions):
@@ -275,9 +277,12 @@ class Mill(_Task):
     Raises ValueError for n_agents < 1 and a radius or mass that is not positive.
     """
 
-    def __init__(self, n_agents=10, radius=0.25, mass=1.0, end_on_win=False, **shared):
+    def __init__(
+        self, num_envs, device, seed, validate=True, discrete=False,
+        n_agents=10, radius=0.25, mass=1.0, end_on_win=False,
+    ):  # fmt: skip
         _require_positive(n_agents=n_agents, radius=radius, mass=mass)
-        super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, **shared)
+        super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, num_envs, device, seed, validate, discrete)
         inertia = mass * radius**2 / 2  # of a disc
         self.gain = SENSITIVITY * radius * DT / inertia
         self._end_on_win = end_on_win

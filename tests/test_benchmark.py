@@ -294,9 +294,10 @@ def test_wilsons_interval():
 def test_quadratic_tables(tmp_path, monkeypatch, capsys):
     def report(name, finals, **settings):
         runs = [
-            {"curves": {"charts/episodic_return": {"value": [-500.0] * 10 + [100 * x] * 5}}}
+            {"curves": {"charts/episodic_return": train, "eval/episodic_return": {"value": [1e3, 98 * x]}}}
             | {"wall_seconds": 20.0 + i, "commit": "abc"}
             for i, x in enumerate(finals)
+            for train in [{"value": [-500.0] * 10 + [100 * x] * 5}]
         ]
         facts = dict(name=name, command=f"python {name}", date="today", workers=2, hardware={"cpu": "x"})
         common.write_json(tmp_path / f"{name}.json", facts | dict(runs=runs, settings=settings, seeds=[1, 2]))
@@ -309,8 +310,10 @@ def test_quadratic_tables(tmp_path, monkeypatch, capsys):
     report("maddpg_quadratic", [-0.5, 0.0])
     quadratic.main([])
     text = (tmp_path / "quadratic.md").read_text()
-    assert "| 2 of 3 (21 to 94%) | 72% of 50 | 0.10 / 9.50 / 9.90 | 21.0 (22.0) |" in text
-    assert "| 0 of 2 (0 to 66%) | 0 of 50 |" in text
+    assert (
+        "| 2 of 3 (21 to 94%) | 2 of 3 (21 to 94%) | 72% of 50 | 0.10 / 9.31 / 9.70 | 21.0 (22.0) |" in text
+    )
+    assert "| 0 of 2 (0 to 66%) | 0 of 2 (0 to 66%) | 0 of 50 |" in text
     assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
     assert "| exponential | 2 of 3 (21 to 94%) | - |" in text
     assert "| linear | - | 1 of 2 (9 to 91%) |" in text

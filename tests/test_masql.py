@@ -308,6 +308,10 @@ def test_update_equals_a_loop_over_transitions_agents_and_particles(double, monk
             moved = [slow_net(actor, i, batch.obs[b, i], noise[b, k, i]).tanh() for k in range(2 * K)]
             fixed = [x.detach().requires_grad_() for x in moved[:K]]
             score = [torch.autograd.grad(slow_net(critic, 0, batch.state[b], a), a)[0] / alpha for a in fixed]
+            # d log(1 - a^2) / da, with the official code's 1e-6
+            score = [
+                s - 2 * a.detach() / (1 - a.detach() ** 2 + 1e-6) for s, a in zip(score, fixed, strict=True)
+            ]
             direction = slow_direction(*([x.tolist() for x in xs] for xs in (fixed, score, moved[K:])))
             for f, vector in zip(moved[K:], direction, strict=True):
                 actor_loss = actor_loss - (f @ torch.tensor(vector)) / K / B

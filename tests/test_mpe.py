@@ -11,6 +11,7 @@ from mpe2 import simple_spread_v3
 from mpe2._mpe_utils.core import Agent
 from mpe2._mpe_utils.core import World as ReferenceWorld
 
+from envs import make
 from envs.mpe import PUSHES, TURNS, Aggregation, Mill, Spread, World, contact_forces, move
 
 TASKS = [Spread, Aggregation, Mill]
@@ -399,3 +400,15 @@ def test_one_agent_alone():
         env.reset()
         obs, *_ = env.step(torch.zeros(2, *env.single_action_space.shape))
         assert obs.isfinite().all()
+
+
+def test_ids_take_the_arguments_of_programs_and_users():
+    for env_id in ("spread", "aggregation", "aggregation_hard", "mill"):
+        env = make(env_id, num_envs=2, validate=False)
+        assert env.reset()[0].shape == (2, env.n_agents, env.obs_dim)
+        assert isinstance(make(f"{env_id},discrete=True").single_action_space, spaces.MultiDiscrete)
+    assert make("aggregation_hard")._radius == 0.3 and make("aggregation,radius=0.4")._radius == 0.4
+    with pytest.raises(
+        ValueError, match="mill has no argument 'omega'; it has validate, discrete, n_agents,"
+    ):
+        make("mill,omega=3")
