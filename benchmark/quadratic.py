@@ -94,8 +94,9 @@ def main(argv=None):
 
 Written by `python benchmark/quadratic.py`. Runs that converged to the better optimum (reward 10; 0 at the
 other), with Wilson's 95% interval: by the mean training reward of the last {LAST} epochs and by the last
-greedy evaluation, each above {THRESHOLD:g}. MADDPG cannot by the first: with policies held at the better optimum its
-noise would leave a training reward of {reward_under_noise():.1f}. Seconds: median (slowest), launch to exit.
+greedy evaluation, each above {THRESHOLD:g}. MADDPG cannot by the first: with policies held at the better
+optimum its noise would leave a training reward of {reward_under_noise():.1f}. Seconds: median (slowest), from
+launch to exit.
 
 {algorithms(both)}
 ![reward over epochs](quadratic.png)
