@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.common import RESULTS, markdown_table, source, success_rate
 
 METHODS = {
-    "dop": "DOP", "dop_on_policy": "DOP, on-policy only", "coma": "COMA", "maddpg": "MADDPG", "qmix": "QMIX",
+    "dop": "DOP", "dop_on_policy": "DOP, on-policy only", "coma": "COMA", "maddpg": "MADDPG",
+    "dop_deterministic": "deterministic DOP", "qmix": "QMIX",
 }  # fmt: skip
 LAST = 5  # evaluations
 

@@ -22,7 +22,7 @@ _REGISTRY |= {
     "aggregation_hard": ("envs.mpe", "Aggregation", {"radius": 0.3}),
     "mill": ("envs.mpe", "Mill", {}),
 }
-_NO_OPTIONS = {"num_envs", "device", "seed", "map_name"}  # make() has its own, and the map is the id
+_NO_OPTIONS = {"num_envs", "device", "seed", "map_name", "path"}  # make() has its own, the others are the id
 
 
 def list_ids():
@@ -35,12 +35,16 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
 
     Further keyword arguments go to the environment's class. The id may carry some too, behind commas:
     `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal, or a bare word for a string, and a
-    keyword argument wins over it. Raises ValueError for an unknown id, for an argument that is malformed,
-    that the environment does not have or does not take, for less than one game and for a GPU that this
-    machine lacks.
+    keyword argument wins over it. `make("pettingzoo:mpe2.simple_spread_v3")` plays any module that has
+    PettingZoo's `parallel_env()`, which gets the arguments that envs.pettingzoo does not know. Raises
+    ValueError for an unknown id, for an argument that is malformed, that the environment does not have or
+    does not take, for less than one game and for a GPU that this machine lacks.
     """
     name, *pairs = (part.strip() for part in env_id.split(","))
-    names = {known.lower(): known for known in _REGISTRY}
+    prefix, _, path = name.partition(":")
+    foreign = prefix.lower() == "pettingzoo"
+    registry = {name: ("envs.pettingzoo", "PettingZoo", {"path": path})} if foreign else _REGISTRY
+    names = {known.lower(): known for known in registry}
     if name.lower() not in names:
         near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(names[n] for n in near)}?" if near else "no id is like it."
@@ -52,10 +56,12 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
         raise ValueError(f"device {str(device)!r} was asked for, but torch sees no GPU here; use 'cpu'")
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    module, cls, arguments = _REGISTRY[names[name.lower()]]
+    module, cls, arguments = registry[names[name.lower()]]
     cls = getattr(importlib.import_module(module), cls)
     options = dict(_parse(pair, env_id) for pair in pairs) | kwargs
     has = [option for option in inspect.signature(cls).parameters if option not in _NO_OPTIONS]
+    if foreign:  # anything else may be an argument of the module's
+        has += [option for option in options if option not in ("num_envs", "device", "seed", "path")]
     if unknown := [option for option in options if option not in has]:
         raise ValueError(f"{names[name.lower()]} has no argument {unknown[0]!r}; it has {', '.join(has)}")
     return cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)

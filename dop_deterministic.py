@@ -1,0 +1,580 @@
+"""Deterministic DOP: deterministic policies, each climbing its own part of a decomposed critic.
+
+The critic Q_tot = sum_i k_i(s) Q_i(s, a_i) + b(s) is learnt from replay with target networks. Agent i's
+policy follows the gradient of k_i Q_i, which the other agents' actions do not enter.
+[DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
+[DDPG] Lillicrap et al., "Continuous Control with Deep Reinforcement Learning", ICLR 2016.
+
+    python dop_deterministic.py --env aggregation
+    python dop_deterministic.py --env mill --setting paper
+
+B games or batch, N agents, A discrete actions, D action dimensions (A if discrete), O observation, S state,
+G networks, M inputs of a network.
+
+[DOP] has no code for it and contradicts itself: 250,000 transitions of replay and batches of 1024 in section
+5.2, 10,000 and 1250 in Appendix G.2; learning rates of 5e-3 and, four sentences on, 5e-4 in G.2.
+`--setting paper` takes section 5.2 and 5e-4, `--setting appendix` takes 10,000, 1250 and 5e-3.
+Differs from the paper:
+1. discrete actions are straight-through Gumbel-softmax samples at temperature 1, not at one near 0 (D.2);
+2. discount, share of target updates and noise, which are not in the paper, are those of MADDPG and [DDPG];
+3. an episode ended by the clock bootstraps from its own last observation.
+Without `--setting` also, to learn in minutes on one core (docs/dop_deterministic.md):
+4. 32 games and an update every 32 steps, not one game and an update at every step;
+5. local critics of 64 units, not 256, and batches of 256;
+6. actors learn at 1e-4, as RMSprop would let the noise of an unlearnt critic drive them to their bounds.
+"""
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import make
+
+
+# ---- settings ----
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run folder's name"""
+    seed: int = 1
+    """seed of networks, games, exploration and sampling; evaluation has its own"""
+    env: str = "aggregation"
+    """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where everything lives; auto takes cuda if there is one"""
+    compile: bool = False
+    """torch.compile the step of the training games (SMAC only)"""
+    total_timesteps: int = 100_000
+    """environment steps of the run; one step of one game counts as 1"""
+    num_envs: int = 32
+    """games played in parallel"""
+    eval_every: int = 5_000
+    """environment steps between two evaluations (0: none)"""
+    eval_episodes: int = 128
+    """games of one evaluation, all in parallel"""
+    log_every: int = 1_000
+    """environment steps between two points of charts and losses"""
+    save_every: int = 50_000
+    """environment steps between two checkpoints (0: only at the end)"""
+    capture_video: bool = False
+    """save one game of every evaluation as a GIF in the run folder"""
+    resume: str | None = None
+    """run folder to continue with its own settings; replay is not saved and fills anew"""
+    evaluate: str | None = None
+    """run folder whose policy plays greedily, without training"""
+    run_dir: str = "runs"
+    """folder of the run folders"""
+
+    # Algorithm specific arguments
+    setting: Literal["default", "paper", "appendix"] = "default"
+    """entry of PRESETS to start from: paper is section 5.2 of [DOP], appendix is its G.2; flags win"""
+    actor_lr: float = 1e-4
+    """learning rate of the actors (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])"""
+    critic_lr: float = 5e-4
+    """learning rate of the critic (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])"""
+    gamma: float = 0.99
+    """discount (code of stochastic [DOP])"""
+    tau: float = 0.01
+    """share of the live networks that enters the targets at an update (appendix of MADDPG)"""
+    policy_delay: int = 2
+    """critic updates per update of actors and targets (Appendix G.2 of [DOP])"""
+    hidden_dim: int = 64
+    """units of an actor's two hidden layers (Appendix G.2 of [DOP])"""
+    critic_hidden_dim: int = 64
+    """units of a local critic's two hidden layers (256 in Appendix G.1 of [DOP])"""
+    max_grad_norm: float = 20.0
+    """norm that gradients are clipped to (code of stochastic [DOP]; 0: no clipping)"""
+    batch_size: int = 256
+    """transitions per update (1024 in section 5.2 of [DOP], 1250 in its Appendix G.2)"""
+    buffer_size: int = 250_000
+    """transitions in the replay buffer (section 5.2 of [DOP]; 10,000 in its Appendix G.2)"""
+    warmup_steps: int = 10_000
+    """environment steps before the first update"""
+    warmup_actions: Literal["untrained", "uniform"] = "untrained"
+    """who acts until then, also in a resumed run: the policies with their noise, or uniform draws"""
+    update_every: int = 32
+    """environment steps per update of the critic (1 in Algorithm 2 of [DOP])"""
+    noise_sigma: float = 0.2
+    """scale of the noise on continuous actions, whose bounds count as -1 and 1 (section 7 of [DDPG])"""
+    noise_theta: float = 0.15
+    """pull of this Ornstein-Uhlenbeck noise to 0 per step (section 7 of [DDPG]; 1: Gaussian noise)"""
+
+
+# setting or environment id -> what differs from the defaults
+PRESETS = {
+    "paper": dict(num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1024, actor_lr=5e-4),
+    "appendix": dict(
+        num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1250, buffer_size=10_000,
+        actor_lr=5e-3, critic_lr=5e-3,
+    ),
+    "aggregation": dict(
+        total_timesteps=1_000_000, warmup_steps=50_000, eval_every=50_000, log_every=5_000,
+    ),
+    "mill": dict(total_timesteps=60_000, warmup_steps=5_000),
+    "cdm": dict(
+        total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,
+        batch_size=128, warmup_steps=256, update_every=4,
+    ),
+}  # fmt: skip
+# of numbers, where an integer may be less than 1 or another number may leave 0 to 1
+LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "warmup_steps"), (0, math.inf))
+LIMITS |= dict.fromkeys(("noise_sigma", "max_grad_norm"), (0, math.inf))
+
+
+def fail(message):
+    """Leave with one sentence on stderr and exit code 1."""
+    sys.exit(f"{Path(__file__).name}: {message}")
+
+
+def parse_args():
+    """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
+    first = tyro.cli(Args, description=__doc__)
+    env_id = first.env.lower().split(",")[0]
+    overrides = PRESETS.get(getattr(first, "setting", None), {}) | PRESETS.get(env_id, {})
+    if run := first.resume or first.evaluate:
+        try:
+            overrides = json.loads(Path(run, "args.json").read_text()) | {"resume": None, "evaluate": None}
+            Args(**overrides)
+        except (OSError, TypeError, ValueError) as error:
+            fail(f"{run} is no run folder of this algorithm: {error}")
+    args = tyro.cli(Args, description=__doc__, default=Args(**overrides))
+    for name in ("env", "setting") if run else ():
+        if name in overrides and getattr(args, name).lower() != overrides[name].lower():
+            fail(f"{run} has the {name} {overrides[name]}, which cannot become {getattr(args, name)}")
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low, high = LIMITS.get(name, (1, math.inf) if type(value) is int else (0, 1))
+            if not (low <= value <= high and math.isfinite(value)):
+                limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                fail(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    return args
+
+
+# ---- networks ----
+class Perceptrons(nn.Module):
+    """G perceptrons of equal shape, evaluated at once: x (..., G, n_in) -> (..., G, n_out); G = 1: any x."""
+
+    def __init__(self, groups, *sizes, final_init=0.0):
+        super().__init__()
+        self.groups = groups
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out in pairwise(sizes):
+            final = final_init if len(self.weights) == len(sizes) - 2 else 0.0
+            bound = final or n_in**-0.5  # as nn.Linear and as [DDPG]
+            self.weights.append(torch.empty(groups, n_in, n_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(groups, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        shape = x.shape[:-1]
+        x = x.reshape(-1, self.groups, x.shape[-1]).transpose(0, 1)  # (G, M, n_in)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.relu(x) if layer else x, weight)
+        return x.transpose(0, 1).reshape(*shape, -1)  # (..., G, n_out)
+
+
+class Actor(Perceptrons):
+    """A policy network per agent: continuous actions in -1..1, or the logits of discrete ones."""
+
+    def __init__(self, groups, *sizes, low, high):
+        super().__init__(groups, *sizes)
+        self.register_buffer("low", low)  # (N, D), the environment's bounds
+        self.register_buffer("high", high)
+
+    def forward(self, obs, avail_actions):
+        """obs (B, N, O), avail_actions (B, N, A) or None -> (B, N, D): actions in -1..1, or logits."""
+        x = super().forward(obs)
+        return x.tanh() if avail_actions is None else torch.where(avail_actions, x, -1e9)
+
+
+class DecomposedCritic(Perceptrons):
+    """Q_i (a network each), k_i, b of Eq. 4 from the state, Q_i also from agent i's action (Appendix G.2)."""
+
+    def __init__(self, state_dim, n_agents, action_dim, hidden_dim):
+        super().__init__(n_agents, state_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.k = nn.Linear(state_dim, n_agents)
+        self.b = nn.Linear(state_dim, 1)
+
+    def forward(self, state, actions):
+        """state (B, S), actions (B, N, D) -> q (B, N), k (B, N), b (B,)."""
+        x = torch.cat([state.unsqueeze(1).expand(*actions.shape[:2], -1), actions], -1)  # (B, N, S + D)
+        k = self.k(state).abs()  # (B, N)
+        k = k / k.sum(-1, keepdim=True).clamp_min(1e-8)
+        return super().forward(x).squeeze(-1), k, self.b(state).squeeze(-1)
+
+
+# ---- equations ----
+def gumbel_softmax(logits, generator):
+    """Samples (..., A) as one-hot vectors, with the gradient of the softmax at temperature 1."""
+    noise = -torch.empty_like(logits).exponential_(generator=generator).clamp_min(1e-30).log()
+    soft = (logits + noise).softmax(-1)  # (..., A)
+    hard = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+def noise_step(noise, theta, sigma, generator):
+    """The next Ornstein-Uhlenbeck noise, any shape: x <- (1 - theta) x + sigma N(0, 1)."""
+    return (1 - theta) * noise + sigma * torch.randn(noise.shape, generator=generator, device=noise.device)
+
+
+def decomposed_q(k, b, q):
+    """Q_tot (...) from k and the agents' q (..., N) and b (...)."""
+    # Eq. 4 of [DOP]: Q_tot = sum_i k_i Q_i + b
+    return (k * q).sum(-1) + b
+
+
+def td_targets(reward, terminated, next_q, gamma):
+    """Targets of the critic, all (B,); nothing follows a terminated step, next_q a truncated one."""
+    assert reward.shape == terminated.shape == next_q.shape
+    # Eq. 12 of [DOP]: y = r + gamma Q'_tot(s', mu'_1(o'_1)..mu'_N(o'_N))
+    return reward + gamma * (1 - terminated.to(reward.dtype)) * next_q
+
+
+def policy_gradient_loss(k, q):
+    """Minus the mean of sum_i k_i Q_i, both (B, N), Q_i at the action of agent i's policy."""
+    # Eq. 13 of [DOP]: grad J = E[sum_i k_i(s) grad mu_i(o_i) grad_{a_i} Q_i(s, a_i)] at a_i = mu_i(o_i)
+    return -(k * q).sum(-1).mean()
+
+
+# ---- storage ----
+class Batch(NamedTuple):
+    """Transitions; `next_*` is what the step led to, also where it ended the episode."""
+
+    obs: torch.Tensor  # (B, N, O)
+    state: torch.Tensor  # (B, S)
+    avail_actions: torch.Tensor | None  # (B, N, A), None: continuous actions
+    actions: torch.Tensor  # (B, N) or (B, N, D), as the environment takes them
+    reward: torch.Tensor  # (B,)
+    terminated: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, N, O)
+    next_state: torch.Tensor  # (B, S)
+    next_avail_actions: torch.Tensor | None  # (B, N, A)
+
+
+class ReplayBuffer:
+    """The latest `capacity` transitions of all games, in tensors that the first `add` lays out."""
+
+    def __init__(self, capacity):
+        self.capacity, self.n_steps, self.steps = capacity, 0, None
+
+    def add(self, step):
+        """Store a Batch with a transition of every game."""
+        if self.steps is None:
+            try:
+                self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
+            except RuntimeError:
+                fail(f"no memory for {self.capacity} transitions; lower --buffer-size")
+        slot = torch.arange(self.n_steps, self.n_steps + len(step.reward), device=step.reward.device)  # (B,)
+        for stored, x in zip(self.steps, step, strict=True):
+            if x is not None:
+                stored[slot % self.capacity] = x
+        self.n_steps += len(step.reward)
+
+    def sample(self, n, generator):
+        """A Batch of n stored transitions, uniform, with repetition."""
+        stored = min(self.n_steps, self.capacity)
+        index = torch.randint(stored, (n,), generator=generator, device=generator.device)
+        return Batch(*(x if x is None else x[index] for x in self.steps))
+
+
+# ---- acting and evaluation ----
+EVALUATION_SEED = 1_000_000
+
+
+@torch.no_grad()
+def act(actor, obs, avail_actions, memory=None, generator=None, theta=1.0, sigma=0.0, uniform=False):
+    """Actions of one step, noise-free without a generator, and the noise (B, N, D) for the next."""
+    policy = actor(obs, avail_actions)  # (B, N, D)
+    if avail_actions is not None:
+        logits = torch.where(avail_actions, 0.0, policy) if uniform else policy
+        return (logits if generator is None else gumbel_softmax(logits, generator)).argmax(-1), None
+    if uniform:
+        policy = 2 * torch.rand(policy.shape, generator=generator, device=policy.device) - 1
+    elif generator is not None:
+        memory = noise_step(
+            policy.new_zeros(policy.shape) if memory is None else memory, theta, sigma, generator
+        )
+        policy = (policy + memory).clamp(-1, 1)
+    return torch.lerp(actor.low, actor.high, (policy + 1) / 2), memory
+
+
+def episode_metrics(info):
+    """Tag -> (B,) about every game's episode; only battles have a win rate."""
+    tags = dict(episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won")
+    return {tag: info[key].float() for tag, key in tags.items() if key in info}
+
+
+def evaluate(actor, env, video=None):
+    """Greedy play from a fixed seed: means over the first episode of each game; `video`: GIF of game 0."""
+    obs, _ = env.reset(seed=EVALUATION_SEED, options={"evaluation": True})
+    running = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)  # (B,)
+    memory, results, frames = None, {}, []
+    while running.any():
+        actions, memory = act(actor, obs, env.avail_actions(), memory)
+        obs, _, terminated, truncated, info = env.step(actions)
+        if video and running[0]:
+            frames.append(Image.fromarray(np.asarray(env.render())))
+        for tag, value in episode_metrics(info).items():
+            results[tag] = torch.where(running, value, results.get(tag, value))  # (B,)
+        running = running & ~(terminated | truncated)
+    if video:
+        frames[0].save(video, save_all=True, append_images=frames[1:], duration=125, loop=0)
+    return {tag: value.mean().item() for tag, value in results.items()}
+
+
+# ---- saving ----
+def due(every, global_step, num_envs, last):
+    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
+    return every > 0 and (global_step % every < num_envs or last)
+
+
+def save(run, args, parts, generators, global_step, iteration, train_seconds):
+    """Write run/model.pt under another name, then rename it: no crash leaves half a checkpoint."""
+    progress = {"global_step": global_step, "iteration": iteration, "train_seconds": train_seconds}
+    checkpoint = {"args": vars(args), "rng": [generator.get_state() for generator in generators], **progress}
+    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+    torch.save(checkpoint, Path(run, "model.pt.tmp"))
+    Path(run, "model.pt.tmp").replace(Path(run, "model.pt"))
+
+
+def load(run, parts, generators=()):
+    """Put run/model.pt back into networks, optimisers and generators; returns the whole checkpoint."""
+    if not Path(run, "model.pt").exists():
+        fail(f"{run} has no model.pt: it was stopped before its first checkpoint")
+    try:
+        checkpoint = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        for generator, state in zip(generators, checkpoint["rng"], strict=False):
+            if state.shape == generator.get_state().shape:  # else it comes from another kind of device
+                generator.set_state(state)
+    except Exception as error:  # a broken file may fail anywhere in the unpickler
+        fail(f"{run}/model.pt is broken or does not fit the algorithm or the sizes asked for: {error}")
+    return checkpoint
+
+
+# ---- update ----
+def encode(actor, actions):
+    """Actions (B, N, D) for the critic, of those for the environment: scaled to -1..1, or one-hot vectors."""
+    if actions.dtype == torch.int64:
+        return F.one_hot(actions, actor.high.shape[-1]).float()
+    return 2 * (actions - actor.low) / (actor.high - actor.low) - 1
+
+
+def descend(optimizer, loss, max_grad_norm):
+    """One step down the gradient, clipped at a norm (0: not); returns the norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    grads = torch.autograd.grad(loss, parameters)  # of no others: the actor's loss runs through the critic
+    grad_norm = nn.utils.get_total_norm(grads)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    if max_grad_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+    optimizer.step()
+    return grad_norm
+
+
+@torch.no_grad()
+def follow(target, network, tau):
+    """Move a target network by the share tau towards the live one; tau = 1 copies it."""
+    for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
+        slow.lerp_(fast, tau)
+
+
+def merge(*parts):
+    """Tensors (B, ...), or their first row (1, ...) if all rows are the same: one state stands for all."""
+    same = torch.stack([(x == x[:1]).all() for x in parts]).all()
+    return [x[:1] for x in parts] if same else parts
+
+
+def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator, train_actor):
+    """Critic on one batch, and after it actors and targets if `train_actor`, as in Algorithm 2 of [DOP]."""
+    discrete, actions = batch.avail_actions is not None, encode(actor, batch.actions)  # (B, N, D)
+    obs, next_obs, next_state = merge(batch.obs, batch.next_obs, batch.next_state)  # (U, ...), U = B or 1
+
+    # critic
+    with torch.no_grad():
+        next_actions = actor_target(next_obs, batch.next_avail_actions)  # (U, N, D)
+        if discrete:
+            next_actions = gumbel_softmax(next_actions, generator)
+        next_q, k, b = critic_target(next_state, next_actions)  # (U, N), (U, N), (U,)
+        next_q = decomposed_q(k, b, next_q).expand_as(batch.reward)  # (B,)
+        td_target = td_targets(batch.reward, batch.terminated, next_q, args.gamma)  # (B,)
+    q, k, b = critic(batch.state, actions)  # (B, N), (B, N), (B,)
+    q_tot = decomposed_q(k, b, q)  # (B,)
+    assert td_target.shape == q_tot.shape
+    # Eq. 12 of [DOP]: L = E[(y - Q_tot(s, a))^2]
+    critic_loss = (td_target - q_tot).square().mean()
+    grad_norm_critic = descend(optimizers[1], critic_loss, args.max_grad_norm)
+    losses = {"critic_loss": critic_loss.detach(), "q_taken": q_tot.detach().mean()}
+    losses |= {"td_target": td_target.mean(), "grad_norm_critic": grad_norm_critic}
+    if not train_actor:
+        return losses
+
+    # actor
+    own = actor(obs, batch.avail_actions).expand_as(actions)  # (B, N, D)
+    if discrete:
+        own = gumbel_softmax(own, generator)
+    q, k, _ = critic(batch.state, own)  # (B, N)
+    actor_loss = policy_gradient_loss(k, q)
+    grad_norm_actor = descend(optimizers[0], actor_loss, args.max_grad_norm)
+
+    # targets
+    follow(actor_target, actor, args.tau)
+    follow(critic_target, critic, args.tau)
+    return losses | {"actor_loss": actor_loss.detach(), "grad_norm_actor": grad_norm_actor}
+
+
+if __name__ == "__main__":
+    args = parse_args()
+
+    # ---- run ----
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    torch.manual_seed(args.seed)
+    try:
+        options = {"compile": True} if args.compile and not args.evaluate else {}
+        env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
+        eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
+    except (ValueError, RuntimeError) as error:
+        fail(error)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    # ---- networks and storage ----
+    space, n_agents = env.single_action_space, env.n_agents
+    if discrete := isinstance(space, gymnasium.spaces.MultiDiscrete):
+        low, high = torch.zeros(2, n_agents, int(space.nvec[0]))
+    else:
+        low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)  # (N, D)
+        if not (low.isfinite() & high.isfinite()).all():
+            fail(f"{args.env} has actions without finite bounds; this algorithm needs bounds to scale them")
+    action_dim = low.shape[1]
+    actor_sizes = (env.obs_dim, args.hidden_dim, args.hidden_dim, action_dim)
+    actor = Actor(n_agents, *actor_sizes, low=low, high=high).to(device)
+    if env.action_bias is not None:
+        actor.biases[-1].data += env.action_bias
+    if run := args.evaluate:
+        global_step = load(run, {"actor": actor})["global_step"]
+        results = evaluate(actor, eval_env, Path(run, "evaluate.gif") if args.capture_video else None)
+        print("run | step |", " | ".join(results))
+        print(run, "|", global_step, "|", " | ".join(f"{x:.3f}" for x in results.values()))
+        sys.exit()
+    critic = DecomposedCritic(env.state_dim, n_agents, action_dim, args.critic_hidden_dim).to(device)
+    actor_target, critic_target = copy.deepcopy(actor), copy.deepcopy(critic)
+    actor_optimizer = torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5)
+    critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5)
+    optimizers = (actor_optimizer, critic_optimizer)
+    parts = {"actor": actor, "critic": critic, "actor_target": actor_target, "critic_target": critic_target}
+    parts |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    buffer = ReplayBuffer(args.buffer_size)
+    if args.buffer_size < args.num_envs:
+        fail(f"--buffer-size must be at least --num-envs, {args.num_envs}")
+
+    # ---- run folder ----
+    run, generators = args.resume, (generator, env.generator)
+    checkpoint = load(run, parts, generators) if run else {}
+    global_step, iteration = checkpoint.get("global_step", 0), checkpoint.get("iteration", 0)
+    train_seconds = checkpoint.get("train_seconds", 0.0)
+    if global_step >= args.total_timesteps:
+        fail(f"{run} is at step {global_step} already; raise --total-timesteps to go on")
+    run = run or f"{args.run_dir}/{args.env.lower()}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    writer = SummaryWriter(run, purge_step=global_step + 1 if checkpoint else None)
+    Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
+    print(f"{json.dumps(vars(args), indent=2)}\nrun folder {run}", flush=True)
+    stop = []  # Ctrl-C ends the run after the step in progress, a second one at once
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+
+    # ---- loop ----
+    obs, _ = env.reset()  # (B, N, O)
+    memory, recent, losses, new_steps, schedule = None, [], {}, 0, {}
+    start_step, start_seconds = global_step, train_seconds
+    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=not sys.stderr.isatty())
+    while global_step < args.total_timesteps and not stop:
+        # act, step
+        started = time.perf_counter()
+        warming_up = buffer.n_steps < args.warmup_steps
+        explore = dict(theta=args.noise_theta, sigma=args.noise_sigma)
+        explore |= {"uniform": warming_up and args.warmup_actions == "uniform"}
+        state, avail_actions = env.state(), env.avail_actions()
+        actions, memory = act(actor, obs, avail_actions, memory, generator, **explore)
+        next_obs, reward, terminated, truncated, info = env.step(actions)
+        actions = info.get("actions", actions)
+
+        # store
+        final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
+        buffer.add(Batch(obs, state, avail_actions, actions, reward, terminated, *final))
+        obs, done = next_obs, terminated | truncated  # (B, N, O), (B,)
+        ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
+        if memory is not None:
+            memory = memory * ~done[:, None, None]
+        if len(ended):
+            recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
+        new_steps += args.num_envs
+        global_step += args.num_envs
+
+        # update
+        while new_steps >= args.update_every:
+            new_steps -= args.update_every
+            if buffer.n_steps < args.warmup_steps:
+                continue
+            iteration += 1
+            batch = buffer.sample(args.batch_size, generator)
+            losses = losses | update(
+                args, actor, critic, actor_target, critic_target, optimizers, batch, generator,
+                train_actor=iteration % args.policy_delay == 0,
+            )  # fmt: skip
+        train_seconds += time.perf_counter() - started
+
+        # log
+        sps = (global_step - start_step) / (train_seconds - start_seconds)
+        last = global_step >= args.total_timesteps or bool(stop)
+        save_due = due(args.save_every, global_step, args.num_envs, last=False)
+        bar.update(args.num_envs)
+        if due(args.log_every, global_step, args.num_envs, last) or save_due:
+            charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
+            charts |= {"SPS": sps}
+            bar.set_postfix(charts)
+            charts |= {"train_seconds": train_seconds} | schedule
+            recent = []
+            for group, values in (("losses", losses), ("charts", charts)):
+                for name, value in values.items():
+                    if not math.isfinite(value):
+                        writer.close()
+                        fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
+                    writer.add_scalar(f"{group}/{name}", value, global_step)
+
+        # evaluate, save
+        if due(args.eval_every, global_step, args.num_envs, last) and not stop:
+            results = evaluate(
+                actor, eval_env, Path(run, f"{global_step}.gif") if args.capture_video else None
+            )
+            for name, value in results.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+            tqdm.write(f"step {global_step}, {sps:.0f} steps/s, greedy {line}")
+        if save_due:
+            save(run, args, parts, generators, global_step, iteration, train_seconds)
+
+    # ---- close ----
+    save(run, args, parts, generators, global_step, iteration, train_seconds)
+    bar.close()
+    writer.close()
+    env.close()
+    print(f"saved {run}/model.pt")
+    sys.exit(130 if stop else 0)

@@ -1,0 +1,369 @@
+"""Deterministic DOP: equations against slow loops and autograd, the theorem on variance, and the program."""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import test_dop_stochastic as sibling
+import test_masql as step
+import torch
+from test_dop_stochastic import checkpoint, same, scalars
+from test_maddpg import A, slow_policy
+from test_masql import HIGH, LOW, OBS, D, N, S, seeded, slow_net
+from torch import nn
+
+import dop_deterministic as dop
+import dop_stochastic
+import maddpg
+
+run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
+aims, double = step.program, step.double
+PARTS = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
+
+
+@pytest.fixture(autouse=True)
+def program(aims, monkeypatch):
+    """The sibling's fixture `run` runs this program."""
+    monkeypatch.setattr(sibling, "SCRIPT", Path(dop.__file__))
+    monkeypatch.setattr(sibling, "SMALL", [*step.SMALL, "--critic-hidden-dim", "16"])
+
+
+def make_actor(discrete=False, seed=0):
+    torch.manual_seed(seed)
+    low, high = torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
+    return dop.Actor(N, OBS, 8, low.shape[1], low=low, high=high)
+
+
+def learner(discrete=False, B=6, **settings):
+    """The arguments of `update` up to the batch."""
+    args = dop.Args(**{"gamma": 0.9, "tau": 0.0} | settings)
+    actor, actor_target = make_actor(discrete), make_actor(discrete, seed=1)
+    critic, critic_target = (dop.DecomposedCritic(S, N, actor.high.shape[1], 8) for _ in range(2))
+    optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in (actor, critic)]
+    masks, actions = [None] * 2, (LOW + torch.rand(B, N, D) * (HIGH - LOW)).to(torch.get_default_dtype())
+    if discrete:
+        masks = torch.rand(2, B, N, A) < 0.6
+        masks[..., 0] = True
+        actions = masks[0].float().flatten(0, 1).multinomial(1, generator=seeded()).view(B, N)
+    rows = (
+        torch.randn(B, N, OBS),
+        torch.randn(B, S),
+        masks[0],
+        actions,
+        torch.randn(B),
+        torch.arange(B) % 3 == 0,
+    )
+    batch = dop.Batch(*rows, torch.randn(B, N, OBS), torch.randn(B, S), masks[1])
+    return args, actor, critic, actor_target, critic_target, optimizers, batch
+
+
+def gradients_of(monkeypatch, parts):
+    """Logs, then loss and gradients of the critic and of the actor, without any step."""
+    with monkeypatch.context() as patch:
+        seen = step.catch_gradients(patch, dop)
+        return dop.update(*parts, seeded(), train_actor=True), *seen
+
+
+def total(critic, state, actions):
+    """Q_tot (B,) of actions (B, N, D)."""
+    q, k, b = critic(state, actions)
+    return dop.decomposed_q(k, b, q)
+
+
+def actor_gradients(value, actor):
+    return torch.autograd.grad(value, list(actor.parameters()), retain_graph=True)
+
+
+# ---- critic ----
+def test_weights_are_a_distribution_over_agents():
+    torch.manual_seed(0)
+    critic = dop.DecomposedCritic(S, N, D, 8)
+    q, k, b = critic(torch.randn(50, S), torch.randn(50, N, D))
+    assert q.shape == k.shape == (50, N) and b.shape == (50,)
+    assert (k >= 0).all() and k.std() > 0.1
+    torch.testing.assert_close(k.sum(-1), torch.ones(50))
+    for x in critic.k.parameters():
+        nn.init.zeros_(x)
+    assert total(critic, torch.randn(50, S), torch.randn(50, N, D)).isfinite().all()
+
+
+def test_a_local_critic_is_a_plain_network_of_state_and_own_action(double):
+    torch.manual_seed(0)
+    critic, state, actions = dop.DecomposedCritic(S, N, D, 8), torch.randn(4, S), torch.randn(4, N, D)
+    q, _, _ = critic(state, actions.requires_grad_())
+    for i in range(N):
+        expected = torch.cat([slow_net(critic, i, state[b], actions[b, i]) for b in range(4)])
+        torch.testing.assert_close(q[:, i], expected)
+        networks = [*critic.weights, *critic.biases]
+        *parts, slope = torch.autograd.grad(q[:, i].sum(), [*networks, actions], retain_graph=True)
+        for grad in (*parts, slope.transpose(0, 1)):
+            assert [bool(part.any()) for part in grad] == [j == i for j in range(N)]
+
+
+def test_code_that_is_anothers_is_tested_there():
+    for name in ("act", "encode"):
+        assert inspect.getsource(getattr(dop, name)) == inspect.getsource(getattr(maddpg, name))
+    assert inspect.getsource(dop.decomposed_q) == inspect.getsource(dop_stochastic.decomposed_q)
+
+
+# ---- Eq. 12 and Eq. 13 ----
+@pytest.mark.parametrize("discrete", [False, True])
+def test_update_equals_a_loop_over_transitions_and_agents(double, monkeypatch, discrete):
+    # soft samples without noise, whose loop needs no luck
+    monkeypatch.setattr(dop, "gumbel_softmax", lambda logits, generator: logits.softmax(-1))
+    parts = learner(discrete)
+    args, actor, critic, actor_target, critic_target, _, batch = parts
+    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, parts)
+
+    def slow_total(network, state, actions):
+        """Q_tot, and k of all agents."""
+        scores = [(network.k.weight[i] @ state + network.k.bias[i]).abs() for i in range(N)]
+        k = [score / sum(scores) for score in scores]
+        q = [slow_net(network, i, state, actions[i])[0] for i in range(N)]
+        b = network.b.weight[0] @ state + network.b.bias[0]
+        return sum(k[i] * q[i] for i in range(N)) + b, k
+
+    B, weights, targets, q_taken = len(batch.obs), list(actor.parameters()), [], []
+    loss, objective, ascent = 0, 0, [torch.zeros_like(x) for x in weights]
+    for b in range(B):
+        legal, next_legal = (
+            [None] * N if x is None else x[b] for x in (batch.avail_actions, batch.next_avail_actions)
+        )
+        following = [slow_policy(actor_target, i, batch.next_obs[b, i], next_legal[i])[0] for i in range(N)]
+        next_q = slow_total(critic_target, batch.next_state[b], following)[0].item()
+        targets.append(batch.reward[b].item() + (0 if batch.terminated[b] else args.gamma * next_q))
+        if discrete:
+            replayed = [torch.eye(A)[a] for a in batch.actions[b]]
+        else:
+            replayed = [(batch.actions[b, i] - LOW[i]) / (HIGH[i] - LOW[i]) * 2 - 1 for i in range(N)]
+        q_tot, k = slow_total(critic, batch.state[b], replayed)
+        q_taken.append(q_tot.item())
+        loss = loss + (targets[-1] - q_tot) ** 2 / B
+        for i in range(N):  # Eq. 13: k_i, the slope of Q_i by a_i, the slope of mu_i
+            policy, _ = slow_policy(actor, i, batch.obs[b, i], legal[i])
+            own = policy.detach().requires_grad_()
+            q = slow_net(critic, i, batch.state[b], own)[0]
+            slope = k[i].detach() * torch.autograd.grad(q, own)[0]
+            objective += (k[i] * q).item() / B
+            for sum_, x in zip(ascent, torch.autograd.grad(policy, weights, slope), strict=True):
+                sum_ += x / B
+    assert logs["td_target"].item() == pytest.approx(sum(targets) / B)
+    assert logs["q_taken"].item() == pytest.approx(sum(q_taken) / B)
+    assert (critic_loss, actor_loss) == pytest.approx((loss.item(), -objective))
+    torch.testing.assert_close(critic_grads, torch.autograd.grad(loss, list(critic.parameters())))
+    torch.testing.assert_close(actor_grads, tuple(-x for x in ascent))
+
+
+def test_an_actors_gradient_is_that_of_q_tot_whatever_the_others_do(double, monkeypatch):
+    parts = learner()
+    _, actor, critic, *_, batch = parts
+    *_, (_, ours) = gradients_of(monkeypatch, parts)
+    own = actor(batch.obs, None)
+    choices = [own.detach(), dop.encode(actor, batch.actions), *torch.rand(3, *own.shape)]
+    for others in choices:
+        for i in range(N):
+            is_own = (torch.arange(N) == i)[:, None]
+            q_tot = total(critic, batch.state, torch.where(is_own, own, others))
+            for mine, grad in zip(ours, actor_gradients(q_tot.mean(), actor), strict=True):
+                torch.testing.assert_close(-mine[i], grad[i])  # of agent i's parameters
+                assert [bool(x.any()) for x in grad] == [j == i for j in range(N)]
+
+
+def test_truncated_steps_bootstrap_and_terminated_ones_do_not():
+    reward, next_q, terminated = (
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([10.0, 20.0]),
+        torch.tensor([0, 1]).bool(),
+    )
+    assert dop.td_targets(reward, terminated, next_q, 0.5).tolist() == [6, 2]
+
+
+def test_one_state_for_all_changes_nothing(monkeypatch):
+    """Once with equal rows, once with rows that differ in what the target critic ignores."""
+    for discrete in (False, True):
+        monkeypatch.setattr(dop, "gumbel_softmax", lambda logits, generator: logits.softmax(-1))
+        *parts, batch = learner(discrete)
+        target = parts[4]
+        for weight in (
+            target.weights[0].data[:, S - 1],
+            target.k.weight.data[:, -1],
+            target.b.weight.data[:, -1],
+        ):
+            weight.zero_()
+        equal = {name: getattr(batch, name)[:1].expand(6, -1, -1) for name in ("obs", "next_obs")}
+        batch = batch._replace(**equal, next_state=torch.zeros(6, S))
+        marked = batch.next_state.clone()
+        marked[:, S - 1] = torch.arange(6)
+        rows = [gradients_of(monkeypatch, (*parts, x)) for x in (batch, batch._replace(next_state=marked))]
+        torch.testing.assert_close(*rows)
+
+
+# ---- Theorem 6 ----
+def test_the_joint_gradient_varies_with_the_others_and_the_decomposed_one_does_not(double):
+    """One state, own action fixed, the others' actions with exploration noise."""
+    torch.manual_seed(0)
+    actor, critic, samples = make_actor(), dop.DecomposedCritic(S, N, D, 16), 200
+    joint = nn.Sequential(nn.Linear(S + N * D, 16), nn.ReLU(), nn.Linear(16, 1))
+    obs, state = torch.randn(1, N, OBS), torch.randn(1, S).expand(samples, -1)
+    policy = actor(obs, None).detach()
+    played = (policy + 0.3 * torch.randn(samples, N, D)).clamp(-1, 1)
+    for i in range(N):
+        actions = torch.where((torch.arange(N) == i)[:, None], policy, played).requires_grad_()
+        q, k, _ = critic(state, actions)
+        own = torch.autograd.grad((k * q)[:, i].sum(), actions, retain_graph=True)[0][:, i]  # g2
+        whole = torch.autograd.grad(total(critic, state, actions).sum(), actions)[0][:, i]  # g1
+        central = torch.autograd.grad(joint(torch.cat([state, actions.flatten(1)], 1)).sum(), actions)[0][
+            :, i
+        ]
+        torch.testing.assert_close(own, whole)
+        assert own.var(0).sum() < 1e-20 < 1e-6 < central.var(0).sum()
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 32])
+def test_the_share_of_the_own_part_in_the_variance_of_q_tot_is_1_over_n(double, n):
+    """What the proof of Theorem 6 bounds, under its assumption: k_i Q_i of all agents alike."""
+    torch.manual_seed(0)
+    critic = dop.DecomposedCritic(S, n, D, 16)
+    for x in [*critic.weights, *critic.biases, *critic.k.parameters()]:
+        x.data[:] = x.data[:1].clone()
+    actions = torch.randn(20_000, n, D)
+    q, k, b = critic(torch.randn(1, S).expand(20_000, -1), actions)
+    ratio = (k * q)[:, 0].var() / dop.decomposed_q(k, b, q).var()
+    assert ratio.item() == pytest.approx(1 / n, rel=0.1)
+
+
+# ---- one update ----
+@pytest.mark.parametrize("discrete", [False, True])
+def test_actors_and_targets_wait_and_the_critic_does_not(discrete):
+    for train_actor in (False, True):
+        parts = learner(discrete, tau=0.25)
+        before = [[x.clone() for x in part.parameters()] for part in parts[1:5]]
+        logs = dop.update(*parts, seeded(), train_actor=train_actor)
+        after = [list(part.parameters()) for part in parts[1:5]]
+        actor, critic, *targets = [not same(x, y) for x, y in zip(before, after, strict=True)]
+        assert critic and actor == train_actor and targets == [train_actor] * 2
+        assert ("actor_loss" in logs) == train_actor and all(x.isfinite() for x in logs.values())
+        if train_actor:
+            for live, target in ((0, 2), (1, 3)):
+                expected = [0.75 * x + 0.25 * y for x, y in zip(before[target], after[live], strict=True)]
+                torch.testing.assert_close(after[target], expected)
+
+
+def test_discrete_policies_learn_from_their_own_samples(monkeypatch):
+    """The critic is asked about legal one-hot actions, and the slope reaches all legal logits."""
+    asked, parts = [], learner(discrete=True)
+    forward = dop.DecomposedCritic.forward
+    monkeypatch.setattr(
+        dop.DecomposedCritic, "forward", lambda *x: (asked.append(x[-1].detach()), forward(*x))[1]
+    )
+    *_, (_, grads) = gradients_of(monkeypatch, parts)
+    batch = parts[-1]
+    for actions, legal in zip(
+        asked, (batch.next_avail_actions, batch.avail_actions, batch.avail_actions), strict=True
+    ):
+        torch.testing.assert_close(actions, actions.round())
+        assert (actions.round().sum(-1) == 1).all() and not actions[~legal].any()
+    assert all(x.any() for grad in grads for x in grad)
+
+
+# ---- the program ----
+def test_a_run_learns_writes_and_prints(run):
+    settings = "--total-timesteps 3200 --eval-every 1600 --update-every 2 --gamma 0 --actor-lr 0.001"
+    settings += " --critic-lr 0.003 --critic-hidden-dim 32 --capture-video"
+    code, out, folder = run(*settings.split(), env="aim")
+    assert (
+        code == 0 and f"run folder {folder}" in out and folder.name.startswith("aim__dop_deterministic__1__")
+    )
+    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1600.gif", "3200.gif"}
+    state = checkpoint(folder)
+    assert state["args"] == json.loads((folder / "args.json").read_text())
+    assert state["global_step"] == 3200 and state["iteration"] == (3200 - 100) // 2 + 2
+    curves = scalars(folder)
+    charts = "episodic_return episodic_length SPS train_seconds".split()
+    losses = "critic_loss actor_loss q_taken td_target grad_norm_actor grad_norm_critic".split()
+    tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses}
+    assert curves.keys() == tags | {f"eval/{x}" for x in charts[:2]}
+    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
+    assert share > 0.9  # untrained: 0.7
+    step.check_stored()
+
+
+@pytest.mark.parametrize("env", ["aim", "toy"])
+def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, env):
+    states = [checkpoint(run(*x, env=env)[2]) for x in ((), ("--eval-every", "0"), ("--seed", "2"))]
+    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
+    assert equal == [True, False]
+
+
+def test_actors_and_targets_are_updated_every_policy_delay(run):
+    for delay, moved in ((100, False), (38, True)):
+        states = checkpoint(run("--policy-delay", str(delay), env="aim")[2])
+        assert states["iteration"] == 38
+        assert same(states["actor"], states["actor_target"]) != moved  # equal at the start
+        assert not same(states["critic"], states["critic_target"])
+        assert ("step" in str(states["actor_optimizer"]["state"])) == moved
+
+
+def test_games_of_one_step_and_discrete_actions_are_learnt(run):
+    flags = "--total-timesteps 2000 --eval-every 2000 --actor-lr 0.005 --critic-lr 0.005"
+    code, _, folder = run(*flags.split(), env="cdm,n_agents=2,n_actions=3,guided_share=0.3,guided_steps=200")
+    assert code == 0 and scalars(folder)["eval/episodic_return"][-1][1] == 10
+
+
+def test_an_environment_biases_the_untrained_policy(run):
+    biases = [
+        checkpoint(run("--warmup-steps", "500", env=env)[2])["actor"]["biases.2"]
+        for env in ("cdm", "cdm,first_action=0.8")
+    ]
+    shift = biases[1] - biases[0]
+    assert (shift[..., 0] > 3).all() and not shift[..., 1:].any()
+
+
+def test_resume_restores_and_goes_on(run):
+    step.check_resume(run, PARTS)
+
+
+def test_evaluate_plays_without_noise_and_prints_a_line(run):
+    step.check_evaluate(run)
+
+
+def test_ctrl_c_saves_and_nan_stops(run):
+    step.check_stops(run, "dop_deterministic.py")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--env", "boundless"], "boundless has actions without finite bounds"),
+        (["--env", "agregation"], "unknown environment 'agregation': did you mean aggregation"),
+        (["--policy-delay", "0"], "--policy-delay must be at least 1"),
+        (["--noise-sigma", "-1"], "--noise-sigma must be at least 0"),
+        (["--buffer-size", "3"], "--buffer-size must be at least --num-envs, 4"),
+        (["--evaluate", "nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_mistakes_get_one_sentence(run, flags, words):
+    code, _, folder = run(*flags, env="aim")
+    assert isinstance(code, str) and code.startswith("dop_deterministic.py: ") and words in code
+    assert "\n" not in code and folder is None
+
+
+def test_presets_lie_between_defaults_and_flags(monkeypatch):
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["dop_deterministic.py", *flags])
+        return dop.parse_args()
+
+    assert parse("--env", "aim") == dop.Args(env="aim")
+    names = "buffer_size batch_size actor_lr critic_lr critic_hidden_dim num_envs update_every".split()
+    for setting, numbers in (
+        ("paper", [250_000, 1024, 5e-4, 5e-4, 256, 1, 1]),
+        ("appendix", [10_000, 1250, 5e-3, 5e-3, 256, 1, 1]),
+    ):
+        for env in ("aim", "aggregation", "mill"):
+            args = parse("--env", env, "--setting", setting)
+            assert [getattr(args, name) for name in names] == numbers
+    for env in ("aggregation", "mill", "cdm"):
+        assert parse("--env", env) == dop.Args(env=env, **dop.PRESETS[env])
+    assert parse("--setting", "appendix", "--batch-size", "64").batch_size == 64
