@@ -363,3 +363,13 @@ def test_presets_lie_between_defaults_and_flags(monkeypatch):
     flags = parse("--env", "QUADRATIC", "--tau", "0.5", "--noise-theta", "1")
     own = {"env": "QUADRATIC", "tau": 0.5, "noise_theta": 1.0}
     assert flags == maddpg.Args(**maddpg.PRESETS["quadratic"] | own)
+
+
+@pytest.mark.parametrize(("max_grad_norm", "moved"), [(0.0, 5.0), (1.0, 1.0), (7.0, 5.0)])
+def test_gradients_are_clipped_all_together(max_grad_norm, moved):
+    weights = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2))]
+    untouched = torch.nn.Parameter(torch.ones(1))
+    loss = untouched.squeeze() * (3 * weights[0].sum() + 4 * weights[1][0])
+    norm = maddpg.descend(torch.optim.SGD(weights, lr=1.0), loss, max_grad_norm)
+    assert norm.item() == pytest.approx(5) and untouched.grad is None
+    torch.testing.assert_close(torch.cat([*weights]), torch.tensor([-3.0, -4, 0]) * moved / 5)
