@@ -350,7 +350,7 @@ def load(run, parts, generators=()):
             if state.shape == generator.get_state().shape:  # else it comes from another kind of device
                 generator.set_state(state)
     except Exception as error:  # a broken file may fail anywhere in the unpickler
-        fail(f"{run}/model.pt is broken or does not fit the algorithm or the sizes asked for: {error}")
+        fail(f"{run}/model.pt is broken or does not fit these settings ({type(error).__name__})")
     return checkpoint
 
 

@@ -529,11 +529,13 @@ def test_broken_and_foreign_checkpoints_get_one_sentence(run):
     assert "has the env toy, which cannot become Toy2" in message("--resume", str(folder), env="Toy2")
     assert "has the env toy, which cannot become Toy2" in message("--evaluate", str(folder), env="Toy2")
     assert "has the setting default, which cannot" in message("--resume", str(folder), "--setting", "paper")
-    assert "is broken or not from this" in message("--resume", str(folder), "--separate-critics")
+    assert "is broken or does not fit these settings" in message(
+        "--resume", str(folder), "--separate-critics"
+    )
     whole = (folder / "model.pt").read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (folder / "model.pt").write_bytes(broken)
-        assert "is broken or not from this" in message("--resume", str(folder))
+        assert "is broken or does not fit these settings" in message("--resume", str(folder))
     (folder / "model.pt").unlink()
     assert "has no model.pt" in message("--evaluate", str(folder))
     (folder / "args.json").write_text('{"env": "toy", "alpha": 1}')

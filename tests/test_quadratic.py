@@ -122,7 +122,7 @@ def test_render():
 
 def test_ids():
     assert list_ids().count("quadratic") == 1
-    with pytest.raises(ValueError, match="unknown environment 'quadratc': did you mean quadratic\\?"):
+    with pytest.raises(ValueError, match="unknown environment 'quadratc': did you mean quadratic"):
         make("quadratc,c=8")
 
 
