@@ -280,10 +280,11 @@ class ReplayBuffer:
                 self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
             except RuntimeError:
                 fail(f"no memory for {self.capacity} transitions; lower --buffer-size")
-        slot = torch.arange(self.n_steps, self.n_steps + len(step.reward), device=step.reward.device)  # (B,)
+        slot = torch.arange(len(step.reward), device=step.reward.device) + self.n_steps  # (B,)
+        slot = slot % self.capacity
         for stored, x in zip(self.steps, step, strict=True):
             if x is not None:
-                stored[slot % self.capacity] = x
+                stored[slot] = x
         self.n_steps += len(step.reward)
 
     def sample(self, n, generator):
@@ -315,7 +316,7 @@ def act(actor, obs, avail_actions, memory=None, generator=None, theta=1.0, sigma
 
 
 def episode_metrics(info):
-    """Tag -> (B,) about every game's episode; only battles have a win rate."""
+    """Tag -> (B,) about every game's episode; a win rate only where a game can be won."""
     tags = dict(episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won")
     return {tag: info[key].float() for tag, key in tags.items() if key in info}
 
@@ -520,9 +521,9 @@ if __name__ == "__main__":
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
         buffer.add(Batch(obs, state, avail_actions, actions, reward, terminated, *final))
         obs, done = next_obs, terminated | truncated  # (B, N, O), (B,)
-        ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
         if memory is not None:
             memory = memory * ~done[:, None, None]
+        ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
         if len(ended):
             recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
         new_steps += args.num_envs

@@ -275,10 +275,11 @@ class ReplayBuffer:
                 self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
             except RuntimeError:
                 fail(f"no memory for {self.capacity} transitions; lower --buffer-size")
-        slot = torch.arange(self.n_steps, self.n_steps + len(step.reward), device=step.reward.device)  # (B,)
+        slot = torch.arange(len(step.reward), device=step.reward.device) + self.n_steps  # (B,)
+        slot = slot % self.capacity
         for stored, x in zip(self.steps, step, strict=True):
             if x is not None:
-                stored[slot % self.capacity] = x
+                stored[slot] = x
         self.n_steps += len(step.reward)
 
     def sample(self, n, generator):
@@ -305,7 +306,7 @@ def act(actor, obs, avail_actions, memory=None, generator=None):
 
 
 def episode_metrics(info):
-    """Tag -> (B,) about every game's episode; only battles have a win rate."""
+    """Tag -> (B,) about every game's episode; a win rate only where a game can be won."""
     tags = dict(episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won")
     return {tag: info[key].float() for tag, key in tags.items() if key in info}
 

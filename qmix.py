@@ -300,7 +300,7 @@ def act(actor, obs, avail_actions, memory=None, epsilon=0.0, generator=None):
 
 
 def episode_metrics(info):
-    """Tag -> (B,) about every game's episode; only battles have a win rate."""
+    """Tag -> (B,) about every game's episode; a win rate only where a game can be won."""
     tags = dict(episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won")
     return {tag: info[key].float() for tag, key in tags.items() if key in info}
 

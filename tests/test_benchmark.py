@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import common, diffs, plot, quadratic, run_seeds, scripted, throughput, update_speed
+from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, throughput, update_speed
 from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
@@ -327,3 +327,20 @@ def test_diffs_count_lines(tmp_path, monkeypatch, capsys):
     (tmp_path / "two.py").write_text("a\nx\ny\nc\n")
     diffs.main([])
     assert "| `diff one.py two.py` | 1 | 2 | 2 |" in (tmp_path / "diffs.md").read_text()
+
+
+def test_cdm_counts_found_held_and_lost(tmp_path, monkeypatch, capsys):
+    curves = [
+        [10.0] * 6,
+        [10.0, -10, 10, 10, 10, 10],
+        [-10.0] * 6,
+    ]  # held; lost within the last five; neither
+    runs = [{"curves": {"eval/episodic_return": {"value": x}}, "commit": "abc"} for x in curves]
+    facts = dict(name="cdm_guided_coma", command="python coma.py", env="cdm", date="today", workers=2)
+    monkeypatch.setattr(cdm, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="no cdm_<protocol>"):
+        cdm.main([])
+    common.write_json(tmp_path / "cdm_guided_coma.json", facts | dict(runs=runs, hardware={}, seeds=[1, 3]))
+    cdm.main([])
+    held, found, lost = (common.success_rate([i < n for i in range(3)]) for n in (1, 2, 1))
+    assert f"| COMA | {held} | {found} | {lost} |" in (tmp_path / "cdm.md").read_text()

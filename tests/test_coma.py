@@ -365,9 +365,7 @@ def test_one_step_episodes_and_actions_played_by_the_environment(run):
     ],
 )
 def test_mistakes_get_one_sentence(run, flags, words):
-    code, _, folder = run(*flags)
-    assert isinstance(code, str) and code.startswith("coma.py: ") and words in code
-    assert "\n" not in code and folder is None
+    sibling.check_mistake(run(*flags), "coma.py", words)
 
 
 def test_presets_lie_between_defaults_and_flags(monkeypatch):

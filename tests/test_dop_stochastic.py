@@ -116,6 +116,13 @@ def scalars(folder):
     return {tag: [(x.step, x.value) for x in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def check_mistake(outcome, script, words):
+    """One sentence from the script and no run folder; sys.exit(str) prints it to stderr and exits with 1."""
+    code, _, folder = outcome
+    assert isinstance(code, str) and code.startswith(f"{script}: ") and words in code
+    assert "\n" not in code and folder is None
+
+
 def same(x, y):
     """Whether two checkpoints or parts of them hold the same numbers."""
     if isinstance(x, dict):
@@ -513,9 +520,7 @@ def test_nan_stops_the_run_with_step_and_name(run):
     ],
 )
 def test_mistakes_get_one_sentence(run, flags, words):
-    code, _, folder = run(*flags)
-    assert isinstance(code, str) and code.startswith("dop_stochastic.py: ") and words in code
-    assert "\n" not in code and folder is None  # sys.exit(str) prints it to stderr and exits with 1
+    check_mistake(run(*flags), "dop_stochastic.py", words)
 
 
 def test_broken_and_foreign_checkpoints_get_one_sentence(run):

@@ -343,9 +343,7 @@ def test_ctrl_c_saves_and_nan_stops(run):
     ],
 )
 def test_mistakes_get_one_sentence(run, flags, words):
-    code, _, folder = run(*flags, env="aim")
-    assert isinstance(code, str) and code.startswith("maddpg.py: ") and words in code
-    assert "\n" not in code and folder is None
+    sibling.check_mistake(run(*flags, env="aim"), "maddpg.py", words)
 
 
 def test_presets_lie_between_defaults_and_flags(monkeypatch):

@@ -472,9 +472,7 @@ def test_target_is_copied_every_period(run):
     ],
 )
 def test_mistakes_get_one_sentence(run, flags, words):
-    code, _, folder = run(*flags, env="aim")
-    assert isinstance(code, str) and code.startswith("masql.py: ") and words in code
-    assert "\n" not in code and folder is None
+    sibling.check_mistake(run(*flags, env="aim"), "masql.py", words)
 
 
 def test_presets_lie_between_defaults_and_flags(monkeypatch):

@@ -30,7 +30,7 @@ EVERYWHERE_IN_MAIN = [
 ]
 FAMILY_IN_MAIN = {
     "EPISODE": [("        # act, step", "        # update")],
-    "STEP": [("        new_steps += ", "            losses = "), ("        ended = done", "        if ")],
+    "STEP": [("        ended = done", "            losses = ")],
 }
 
 
