@@ -179,11 +179,12 @@ class Perceptrons(nn.Module):
             bound = final or n_in**-0.5  # as nn.Linear and as [DDPG]
             self.weights.append(torch.empty(groups, n_in, n_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(groups, 1, n_out).uniform_(-bound, bound))
+        self.layers = tuple(zip(self.weights, self.biases, strict=True))  # reading the lists takes long
 
     def forward(self, x):
         shape = x.shape[:-1]
         x = x.reshape(-1, self.groups, x.shape[-1]).transpose(0, 1)  # (G, M, n_in)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        for layer, (weight, bias) in enumerate(self.layers):
             x = torch.baddbmm(bias, F.relu(x) if layer else x, weight)
         return x.transpose(0, 1).reshape(*shape, -1)  # (..., G, n_out)
 
@@ -369,7 +370,7 @@ def descend(optimizer, loss, max_grad_norm):
     """One step down the gradient, clipped at a norm (0: not); returns the norm."""
     parameters = optimizer.param_groups[0]["params"]
     grads = torch.autograd.grad(loss, parameters)  # of no others: the actor's loss runs through the critic
-    grad_norm = nn.utils.get_total_norm(grads)
+    grad_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     if max_grad_norm:
@@ -381,8 +382,7 @@ def descend(optimizer, loss, max_grad_norm):
 @torch.no_grad()
 def follow(target, network, tau):
     """Move a target network by the share tau towards the live one; tau = 1 copies it."""
-    for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
-        slow.lerp_(fast, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
 
 
 def merge(*parts):
@@ -410,7 +410,7 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
     q_taken = critic(batch.state, joint_actions)  # (B, G)
     assert td_target.shape == q_taken.shape
     # Eq. 6 of [MADDPG]: L = E[(Q(x, a_1..a_N) - y)^2]
-    critic_loss = (q_taken - td_target).square().mean(0).sum()
+    critic_loss = critic.groups * F.mse_loss(q_taken, td_target)
     grad_norm_critic = descend(optimizers[1], critic_loss, args.max_grad_norm)
 
     # actor
