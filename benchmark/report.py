@@ -22,8 +22,10 @@ latest.
 """
 OTHER = {
     "throughput": "Environment steps per second, beside SMAX",
-    "update_speed": "Seconds of a training iteration, beside a stand-in of the official update",
+    "throughput_particles": "Environment steps per second of particle tasks, beside mpe2 and vmas",
+    "update_speed": "Seconds of a training iteration, beside stand-ins of the official updates",
     "scripted": "Scripted teams on six maps",
+    "scripted_particles": "Random and scripted teams on particle tasks",
     "saturation": "How sharp the policies have become",
     "cdm": "Who finds and who holds the optimum of the mismatch game",
     "diffs": "How many lines two algorithm files share",

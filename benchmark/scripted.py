@@ -1,10 +1,12 @@
-"""Four scripted teams on SMAC maps: what does each win, for how much return? A sanity check of the battles.
+"""Scripted teams on SMAC maps or particle tasks: what does each win, for how much return? A sanity check.
 
     python benchmark/scripted.py
     python benchmark/scripted.py --maps MMM --games 2048
+    python benchmark/scripted.py --particles
 
 They see what learning agents see: masks and observations. A result is over the first episode of every
-parallel game, so that short episodes do not count more often. Writes docs/results/scripted.json and .md.
+parallel game, so that short episodes do not count more often. Writes docs/results/scripted.json and .md, or
+scripted_particles.json and .md.
 """
 
 import argparse
@@ -17,8 +19,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINE, RESULTS, ROOT, describe, markdown_table, metadata, write_json
+from benchmark.common import ENGINE, RESULTS, ROOT, describe, markdown_table, metadata, wilson, write_json
 from envs import make
+from envs.mpe import PAID_SPEED, distances
 
 MAPS = ["MMM", "3m", "8m", "2s3z", "3s5z", "10m_vs_11m"]
 TEAMS = {
@@ -28,6 +31,8 @@ TEAMS = {
     "weakest": "attacks the enemy in reach with the least hp and shield, else walks east",
 }
 NO_OP, STOP, EAST, FIRST_TARGET = 0, 1, 4, 6
+RADII = (0.2, 0.3, 0.4, 0.5, 0.6)  # of aggregation
+PARALLEL = 50_000  # games of a particle task
 
 
 class Layout:
@@ -115,6 +120,150 @@ def play(map_name, team, games, seed):
     return {name: round(value.mean().item(), 4) for name, value in means.items()}
 
 
+def battles(maps, teams, games, seed):
+    """Results of every team on every map, and a page about them."""
+    results = []
+    for map_name in maps:
+        for team in teams:
+            start = time.perf_counter()
+            results.append({"map": map_name, "team": team, **play(map_name, team, games, seed)})
+            print(results[-1], f"{time.perf_counter() - start:.1f} s", flush=True)
+    cells = {
+        (x["map"], x["team"]): f"{x['win_rate']:.2f} / {x['return']:.1f} / {x['length']:.0f}" for x in results
+    }
+    table = markdown_table(["map", *teams], [[name, *(cells[name, team] for team in teams)] for name in maps])
+    legend = "".join(f"- **{team}**: {TEAMS[team]}\n" for team in teams)
+    text = f"""# Scripted teams
+
+Win rate / return / length over {games} games, {ENGINE} (not StarCraft II).
+
+{table}
+{legend}
+Medivacs of the last two teams heal the most hurt agent in reach, else fly east.
+"""
+    return results, text
+
+
+# ---- particle tasks ----
+def steer(team, obs, generator):
+    """Forces (B, N, 2) on aggregation from obs (B, N, O); "mixed": agent 0 is random, the others greedy."""
+    random = 2 * torch.rand(*obs.shape[:2], 2, generator=generator) - 1
+    landmark = obs[..., 4:6]  # relative to oneself; velocity and position are before it
+    greedy = landmark / landmark.norm(dim=-1, keepdim=True).clamp_min(1)
+    return {"random": random, "greedy": greedy, "mixed": torch.cat([random[:, :1], greedy[:, 1:]], 1)}[team]
+
+
+def gather(team, games, seed):
+    """The first step (B, R) at which all agents are within each of RADII of the landmark; 26: never."""
+    env = make("aggregation", num_envs=games, seed=seed, validate=False, radius=1e-9)  # so nobody ends early
+    # not the seed of the scenes, which would draw the same numbers
+    generator, n = torch.Generator().manual_seed(seed + 1), env.n_agents
+    obs, _ = env.reset(seed=seed)
+    arrived = torch.full((games, len(RADII)), env.episode_limit + 1)
+    for step in range(1, env.episode_limit + 1):
+        obs, _, _, _, info = env.step(steer(team, obs, generator))
+        points = info["final_state"][:, 2 * n : -1].unflatten(1, (n + 1, 2))  # agents, landmark
+        farthest = distances(points[:, :n], points[:, n:]).amax((1, 2))  # (B,)
+        inside = farthest[:, None] < torch.tensor(RADII)  # (B, R)
+        arrived = torch.where(inside, arrived.clamp_max(step), arrived)
+    return arrived
+
+
+def push(forces, **options):
+    """Play forces (B, 10, N) on the mill -> omega (B, 10), step of the win (B,), 0: none, and return (B,)."""
+    env = make("mill", num_envs=len(forces), validate=False, **options)
+    env.reset()
+    speeds, total = [], torch.zeros(len(forces))
+    step_won, running = torch.zeros(len(forces), dtype=torch.int64), torch.ones(len(forces), dtype=torch.bool)
+    for step in range(env.episode_limit):
+        _, _, terminated, _, info = env.step(forces[:, step].unsqueeze(2))
+        speeds.append(100 * info["final_obs"][:, 0, 0])
+        step_won[info["battle_won"] & (step_won == 0) & running] = step + 1
+        total = torch.where(running & terminated, info["episode_return"], total)
+        running &= ~terminated
+    return torch.stack(speeds, 1), step_won, total
+
+
+def gather_all(episodes, seed):
+    """Results of aggregation: a dict for each radius and team; scripted teams play a twentieth."""
+    results = []
+    for team in ("random", "greedy", "mixed"):
+        games = episodes if team == "random" else max(1, episodes // 20)
+        starts = range(0, games, PARALLEL)
+        arrived = torch.cat([gather(team, min(PARALLEL, games - i), seed + i) for i in starts])  # (E, R)
+        for radius, steps in zip(RADII, arrived.unbind(1), strict=True):
+            won = steps[steps <= 25]
+            result = {"radius": radius, "team": team, "episodes": games, "successes": len(won)}
+            results.append(result | {"steps": round(won.float().mean().item(), 2) if len(won) else None})
+    return results
+
+
+def push_all(episodes, seed):
+    """Results of the mill: a random team, teams of one constant force, teams that push against each other."""
+    generator, fast, wins = torch.Generator().manual_seed(seed), 0, 0
+    for start in range(0, episodes, PARALLEL):
+        shape = (min(PARALLEL, episodes - start), 10, 10)
+        speeds, step_won, _ = push(2 * torch.rand(shape, generator=generator) - 1)
+        fast, wins = fast + int((speeds > PAID_SPEED).any(1).sum()), wins + int((step_won > 0).sum())
+    force = torch.arange(1, 101) / 100  # (100,)
+    forces = force[:, None, None].expand(-1, 10, 10)
+    (speeds, step_won, total), (_, _, early) = push(forces), push(forces, end_on_win=True)
+    smallest = int((step_won > 0).nonzero()[0])
+    constant = [
+        {"force": round(force[i].item(), 2), "step_won": int(step_won[i]), "return": total[i].item()}
+        | {"return_end_on_win": early[i].item(), "omega": [round(x, 1) for x in speeds[i].tolist()]}
+        for i in (99, 89, 79, 69, smallest, smallest - 1)
+    ]
+    wrong = torch.where(torch.arange(10) < torch.arange(11)[:, None], -1.0, 1.0)  # (11, N): 0 to 10 agents
+    tolerated = int((push(wrong[:, None].expand(-1, 10, -1))[1] > 0).sum()) - 1
+    return {"episodes": episodes, "fast": fast, "wins": wins, "constant": constant, "tolerated": tolerated}
+
+
+def rate(successes, n):
+    """A share with Wilson's 95% interval."""
+    low, high = wilson(successes, n)
+    return f"{successes / n:.3g} ({low:.3g} to {high:.3g})"
+
+
+def particles(episodes, seed):
+    """Results of both particle tasks, and a page about them."""
+    gathered, mill = gather_all(episodes, seed), push_all(episodes, seed)
+    rows = []
+    for radius in RADII:
+        random, greedy, mixed = (x for x in gathered if x["radius"] == radius)
+        share = mixed["successes"] / mixed["episodes"]
+        row = [radius, f"{random['successes']:,}", rate(random["successes"], random["episodes"])]
+        row += [rate(greedy["successes"], greedy["episodes"]), greedy["steps"]]
+        rows.append([*row, rate(mixed["successes"], mixed["episodes"]), f"{20 * share - 10:.1f}"])
+    header = ["radius", "random: successes", "rate", "greedy: rate", "its mean steps", "one random: rate"]
+    aggregation = markdown_table([*header, "its mean return"], rows)
+    rows = []
+    for x in mill["constant"]:
+        row = [x["force"], x["step_won"] or "never", x["return"], x["return_end_on_win"]]
+        rows.append([*row, ", ".join(f"{omega:g}" for omega in x["omega"])])
+    header = ["force of all", "step of the win", "return", "with `end_on_win`", "omega after each step"]
+    text = f"""# Scripted teams on particle tasks
+
+Rates with Wilson's 95% interval.
+
+## Aggregation
+
+{episodes:,} episodes of uniformly random forces, {gathered[-1]["episodes"]:,} of the other teams.
+Greedy: full force towards the landmark, less within a distance of 1. One random: four greedy agents and a
+random one. Steps: of the episodes that succeed.
+
+{aggregation}
+## Mill
+
+{episodes:,} episodes of uniformly random forces: omega exceeds {PAID_SPEED:g} at some step in a share of
+{rate(mill["fast"], mill["episodes"])}; wins: {mill["wins"]}. At full force {mill["tolerated"]} of the 10
+agents may push the wrong way. Below: constant forces in steps of 0.01, the last two rows around the smallest
+that wins.
+
+{markdown_table(header, rows)}"""
+    return {"aggregation": gathered, "mill": mill}, text
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,38 +271,22 @@ def main(argv=None):
     parser.add_argument("--maps", nargs="+", default=MAPS, help="SMAC maps")
     parser.add_argument("--teams", nargs="+", default=list(TEAMS), choices=TEAMS, help="scripted teams")
     parser.add_argument("--games", type=int, default=512, help="parallel games of each")
+    parser.add_argument("--particles", action="store_true", help="aggregation and mill instead of SMAC maps")
+    parser.add_argument("--episodes", type=int, default=2_000_000, help="of a random team on these two")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scripted", help="result files, without suffix")
+    parser.add_argument("--out", type=Path, help="result files, without suffix")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/scripted.py", *(sys.argv[1:] if argv is None else argv)])
-    about = metadata(command, threads=torch.get_num_threads())
-    about |= {"engine": ENGINE, "games": args.games, "seed": args.seed}
-    results = []
-    for map_name in args.maps:
-        for team in args.teams:
-            start = time.perf_counter()
-            results.append({"map": map_name, "team": team, **play(map_name, team, args.games, args.seed)})
-            print(results[-1], f"{time.perf_counter() - start:.1f} s", flush=True)
-    write_json(args.out.with_suffix(".json"), {**about, "results": results})
-    cells = {
-        (x["map"], x["team"]): f"{x['win_rate']:.2f} / {x['return']:.1f} / {x['length']:.0f}" for x in results
-    }
-    table = markdown_table(
-        ["map", *args.teams], [[name, *(cells[name, team] for team in args.teams)] for name in args.maps]
-    )
-    teams = "".join(f"- **{team}**: {TEAMS[team]}\n" for team in args.teams)
-    text = f"""# Scripted teams
-
-Win rate / return / length over {args.games} games, {ENGINE} (not StarCraft II).
-
-{table}
-{teams}
-Medivacs of the last two teams heal the most hurt agent in reach, else fly east.
-
-{describe(about)}
-"""
-    args.out.with_suffix(".md").write_text(text)
-    print(f"\n{table}\nwritten: {args.out}.json and .md")
+    about = metadata(command, threads=torch.get_num_threads()) | {"seed": args.seed}
+    if args.particles:
+        out = args.out or RESULTS / "scripted_particles"
+        results, text = particles(args.episodes, args.seed)
+    else:
+        out, about = args.out or RESULTS / "scripted", about | {"engine": ENGINE, "games": args.games}
+        results, text = battles(args.maps, args.teams, args.games, args.seed)
+    write_json(out.with_suffix(".json"), {**about, "results": results})
+    out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
+    print(f"\n{text}\nwritten: {out}.json and .md")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmark/throughput.py
     python benchmark/throughput.py --peer smax --peer-python .venv-smax/bin/python
 
-The peer is SMAX of the registry package jaxmarl, in an interpreter of its own (see docs/benchmark.md). For
-each map and batch size ours in eager mode, ours compiled and the peer take turns, and a number is the median
-of the turns. Compilation and the first steps are not counted. Writes docs/results/throughput.json and .md.
+The peers are SMAX of the registry package jaxmarl for battles, mpe2 and vmas for particle tasks, in an
+interpreter of their own (see docs/benchmark.md). For each task and batch size ours in eager mode, ours
+compiled and the peers take turns, and a number is the median of the turns. Compilation and the first steps
+are not counted. Writes docs/results/throughput.json and .md.
 """
 
 import argparse
@@ -21,11 +22,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from gymnasium import spaces
 
 from benchmark.common import ENGINE, RESULTS, describe, markdown_table, metadata, write_json
 from envs import make
 
-PEER_MAPS = {"smax": ("2s3z", "10m_vs_11m")}  # those that the peer has too, with the same units
+PARTICLES = ("aggregation", "spread,n_agents=5")  # 5 agents in the plane, 25 steps
+# name -> script that plays it, package and version, our tasks that it is measured beside
+PEERS = {
+    "smax": ("throughput_smax.py", "jaxmarl", "0.2.0", ("2s3z", "10m_vs_11m")),  # the same units
+    "mpe2": ("throughput_particles.py", "mpe2", "1.1.1", PARTICLES),
+    "vmas": ("throughput_particles.py", "vmas", "1.5.2", PARTICLES),
+}
 WARM_UP = 100  # steps: longer than a random game, so that the games are no longer in step
 
 
@@ -38,22 +46,31 @@ class Ours:
         options = {"compile": True} if compile else {}
         self.env = make(env_id, num_envs=num_envs, device=device, seed=0, validate=False, **options)
         self.env.reset()
+        if isinstance(self.env.single_action_space, spaces.Box):
+            bounds = self.env.single_action_space.low, self.env.single_action_space.high
+            self.low, self.high = (torch.as_tensor(bound, device=device) for bound in bounds)  # (N, D)
+            self.shape = (num_envs, *self.low.shape)
         self.play(WARM_UP)
 
     @torch.no_grad()
     def play(self, steps):
-        """A random legal action per agent: legal ones score 1 to 2, the others 0 to 1. Returns seconds."""
+        """A random legal action per agent, or a random one within the bounds. Returns seconds."""
         if self.device != "cpu":
             torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            avail_actions = self.env.avail_actions()  # (B, N, A)
-            actions = (torch.rand(avail_actions.shape, device=self.device) + avail_actions).argmax(-1)
-            self.env.step(actions)
+            self.env.step(self.actions())
             self.env.state()
         if self.device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def actions(self):
+        avail_actions = self.env.avail_actions()  # (B, N, A) or None
+        if avail_actions is None:
+            return torch.lerp(self.low, self.high, torch.rand(self.shape, device=self.device))  # (B, N, D)
+        # legal ones score 1 to 2, the others 0 to 1
+        return (torch.rand(avail_actions.shape, device=self.device) + avail_actions).argmax(-1)
 
     def turn(self, seconds):
         steps, spent = 0, 0.0
@@ -64,11 +81,15 @@ class Ours:
 
 
 class Peer:
-    """benchmark/throughput_smax.py in another interpreter, asked line by line; it sleeps while ours plays."""
+    """A script of PEERS in another interpreter, asked line by line; it sleeps while others play."""
 
-    def __init__(self, python, threads):
-        script = Path(__file__).with_name("throughput_smax.py")
-        words = [python, str(script), "--threads", str(threads)]
+    def __init__(self, name, python, threads):
+        script, package, version, _ = PEERS[name]
+        find = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({package!r}))"
+        if subprocess.run([python, "-c", find]).returncode:
+            install = f"{python} -m pip install {package}=={version}"
+            raise SystemExit(f"throughput.py: {python} has no {package}, install it with: {install}")
+        words = [python, str(Path(__file__).with_name(script)), "--peer", name, "--threads", str(threads)]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions = self._read()
 
@@ -106,16 +127,17 @@ def cores(threads):
             os.sched_setaffinity(0, allowed)
 
 
-def measure(env_id, num_envs, args, peer):
+def measure(env_id, num_envs, args, peers):
     """{way: {"steps_per_second": median, "turns": [...]}} of one map and batch size."""
     torch.compiler.reset()  # else sizes after the first would be compiled with a variable shape
     gc.collect()
     ways = {}
     for compile in [False, True] if args.compile else [False]:
         ways["compiled" if compile else "eager"] = Ours(env_id, num_envs, compile, args.device)
-    if peer and env_id.lower() in PEER_MAPS[args.peer]:
-        peer.ask("build", env_id, num_envs)
-        ways[args.peer] = peer
+    for name, peer in peers.items():
+        if env_id.lower() in PEERS[name][-1]:
+            peer.ask("build", env_id, num_envs)
+            ways[name] = peer
     turns = {name: [] for name in ways}
     for repeat in range(args.repeats):
         for name in list(ways)[:: 1 if repeat % 2 == 0 else -1]:
@@ -126,20 +148,18 @@ def measure(env_id, num_envs, args, peer):
     }
 
 
-def table_of(results, env_id, threads, peer_name):
-    """Markdown: one line per batch size, the ways and the ratio of our better one to the peer."""
+def table_of(results, env_id, threads):
+    """Markdown: one line per batch size, the ways and the ratios of our better one to the peers."""
     chosen = [r for r in results if r["env"] == env_id and r["threads"] == threads]
     ways = list(chosen[0]["ways"])
+    peers = [way for way in ways if way in PEERS]
     rows = []
     for result in chosen:
         speed = {way: result["ways"][way]["steps_per_second"] for way in ways}
-        row = [result["num_envs"], *(f"{speed[way]:,.0f}" for way in ways)]
-        if peer_name in ways:
-            row.append(
-                f"{max(value for way, value in speed.items() if way != peer_name) / speed[peer_name]:.2f}"
-            )
-        rows.append(row)
-    return markdown_table(["games", *ways, *(["ours / peer"] if peer_name in ways else [])], rows)
+        ours = max(value for way, value in speed.items() if way not in peers)
+        rows.append([result["num_envs"], *(f"{speed[way]:,.0f}" for way in ways)])
+        rows[-1] += [f"{ours / speed[peer]:.2f}" for peer in peers]
+    return markdown_table(["games", *ways, *(f"ours / {peer}" for peer in peers)], rows)
 
 
 def main(argv=None):
@@ -155,37 +175,44 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager mode only")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peer", choices=PEER_MAPS, help="measure this simulator in the same run")
     parser.add_argument(
-        "--peer-python", default=sys.executable, help="interpreter that has the peer installed"
+        "--peer", nargs="+", default=[], choices=PEERS, help="measure these simulators in the same run"
+    )
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter that has the peers installed"
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "throughput", help="result files, without suffix"
     )
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
-    about = metadata(command, device=args.device) | {"engine": ENGINE, "results": []}
+    about = metadata(command, device=args.device)
+    battles = [env_id for env_id in args.envs if env_id.lower() not in PARTICLES]
+    about |= ({"engine": ENGINE} if battles else {}) | {"results": []}
     for threads in args.threads:
         with cores(threads):
-            peer = Peer(args.peer_python, threads) if args.peer else None
-            about |= {"peer": peer.versions} if peer else {}
+            peers = {name: Peer(name, args.peer_python, threads) for name in args.peer}
+            about |= {"peer": " and ".join(peer.versions for peer in peers.values())} if peers else {}
             for env_id in args.envs:
                 for num_envs in args.num_envs:
-                    ways = measure(env_id, num_envs, args, peer)
+                    ways = measure(env_id, num_envs, args, peers)
                     about["results"].append(
                         {"env": env_id, "num_envs": num_envs, "threads": threads, "ways": ways}
                     )
                     write_json(args.out.with_suffix(".json"), about)
                     speeds = "  ".join(f"{name} {x['steps_per_second']:>10,.0f}" for name, x in ways.items())
-                    print(f"{env_id:12} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
-            if peer:
+                    print(f"{env_id:18} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
+            for peer in peers.values():
                 peer.close()
+    kind = "Embedded simulator" if battles else "Particle tasks"
     text = "# Throughput\n\nEnvironment steps per second (a step of one game counts as 1), random legal "
-    text += f"actions.\nEmbedded simulator{', beside ' + about['peer'] if args.peer else ''}.\n"
+    text += f"actions.\n{kind}{', beside ' + about['peer'] if args.peer else ''}.\n"
+    if "mpe2" in args.peer:
+        text += "mpe2 plays one game in every row, as it has no batch.\n"
     for env_id in args.envs:
         for threads in args.threads:
             text += f"\n## {env_id}, {threads} thread{'s' if threads > 1 else ''}\n\n"
-            text += table_of(about["results"], env_id, threads, args.peer)
+            text += table_of(about["results"], env_id, threads)
     args.out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
     print(f"written: {args.out}.json and .md")
 

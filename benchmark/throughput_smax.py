@@ -54,6 +54,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--peer", choices=["smax"], required=True)
     parser.add_argument("--threads", type=int, required=True, help="processor cores to use")
     threads = parser.parse_args().threads
     if hasattr(os, "sched_setaffinity"):  # Linux; before the first use of jax, which counts the cores then

@@ -1,12 +1,15 @@
-"""Seconds of a training iteration of dop_stochastic.py at MMM's shapes, beside a stand-in of the original.
+"""Seconds of a training iteration of each learner, beside stand-ins of the reference implementations.
 
     python benchmark/update_speed.py
 
-The data are random: 16 on-policy and 32 off-policy episodes of 60 steps. The peer is our own code with the
-structure of the official update, so that both run in the same minute on the same machine: a shared critic on
-[state, obs, agent id] with two layers of 256, one optimiser step of critic and mixer for each time step over
-all 48 episodes, an agent unrolled cell by cell. The ways take turns, and a number is the median of the turns.
-Writes docs/results/update_speed.json and update_speed.md.
+The data are random. Learners from whole episodes get episodes of 60 steps with MMM's shapes, 16 on-policy
+and 32 off-policy ones for dop_stochastic.py, their default batch for the others. Learners from single steps
+get 10 agents of spread and batches of 1024. The peers are our own code with the structure of the reference
+implementations, so that both run in the same minute on the same machine: standins.py has those of maddpg.py
+and maac.py. That of dop_stochastic.py has a shared critic on [state, obs, agent id] with two layers of 256,
+one optimiser step of critic and mixer for each time step over all 48 episodes, and an agent unrolled cell by
+cell. The ways of a table take turns, and a number is the median of the turns. Writes
+docs/results/update_speed.json and update_speed.md.
 """
 
 import argparse
@@ -22,6 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import coma
+import dop_deterministic
+import maac
+import maddpg
+import qmix
+from benchmark import standins
 from benchmark.common import RESULTS, describe, markdown_table, metadata, write_json
 from dop_stochastic import (
     PRESETS,
@@ -34,14 +43,15 @@ from dop_stochastic import (
     tree_backup_targets,
     update,
 )
+from envs import make
 
 N, A, OBS, S = 10, 16, 160, 290  # MMM: agents, actions, observation, state
 ON, OFF, T = 16, 32, 60  # episodes and their length
+AGENTS, TRANSITIONS = 10, 1024  # of the learners from single steps
 
 
-def random_batch(generator):
-    """Batch of ON + OFF episodes, each of T steps; about half the actions are legal."""
-    B = ON + OFF
+def random_batch(generator, B):
+    """Batch of B episodes, each of T steps; about half the actions are legal."""
     shape = dict(generator=generator)
     avail_actions = torch.rand(B, T + 1, N, A, **shape) < 0.5
     avail_actions[..., 1] = True
@@ -68,6 +78,84 @@ def ours(setting, batch, generator):
         torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5),
     ]
     return lambda: update(args, actor, critic, critic_target, optimizers, batch, 0.3, generator, True)
+
+
+def ours_coma(generator):
+    """The same of coma.py, with its default batch."""
+    args = coma.Args()
+    batch = random_batch(generator, args.batch_size)
+    actor = coma.Actor(OBS, N, A, 64)
+    critic, critic_target = (coma.CounterfactualCritic(OBS, S, N, A, 128) for _ in range(2))
+    optimizers = [torch.optim.RMSprop(x.parameters(), lr=5e-4, alpha=0.99, eps=1e-5) for x in (actor, critic)]
+    return lambda: coma.update(args, actor, critic, critic_target, optimizers, batch, 0.3, generator)
+
+
+def ours_qmix(generator):
+    """The same of qmix.py, with its default batch."""
+    args = qmix.Args()
+    batch = random_batch(generator, args.batch_size)
+    actor, actor_target = (qmix.Actor(OBS, N, A, 64) for _ in range(2))
+    mixer, mixer_target = (qmix.Mixer(S, N, embed_dim=32, hyper_dim=64) for _ in range(2))
+    parameters = [*actor.parameters(), *mixer.parameters()]
+    optimizer = torch.optim.RMSprop(parameters, lr=args.lr, alpha=0.99, eps=1e-5)
+    return lambda: qmix.update(args, actor, mixer, actor_target, mixer_target, optimizer, batch)
+
+
+def random_transitions(generator, discrete):
+    """Batch of TRANSITIONS of AGENTS agents with the shapes of spread, and bounds (N, D) of the actions."""
+    env, B, shape = make(f"spread,n_agents={AGENTS}"), TRANSITIONS, dict(generator=generator)
+    legal = torch.ones(B, AGENTS, 5, dtype=torch.bool) if discrete else None
+    actions = torch.rand(B, AGENTS, 2, **shape) * 2 - 1
+    if discrete:
+        actions = torch.randint(5, (B, AGENTS), **shape)
+    obs, next_obs = torch.randn(2, B, AGENTS, env.obs_dim, **shape)
+    state, next_state = torch.randn(2, B, env.state_dim, **shape)
+    reward, terminated = torch.randn(B, **shape), torch.zeros(B, dtype=torch.bool)
+    now, then = (obs, state, legal), (next_obs, next_state, legal)
+    low, high = -torch.ones(AGENTS, 5 if discrete else 2), torch.ones(AGENTS, 5 if discrete else 2)
+    return maddpg.Batch(*now, actions, reward, terminated, *then), dict(low=low, high=high)
+
+
+def ours_maddpg(generator, discrete, critic_per_agent):
+    """A function that does one update of maddpg.py with its defaults."""
+    args = maddpg.Args(critic_per_agent=critic_per_agent)
+    batch, bounds = random_transitions(generator, discrete)
+    hidden, action_dim = (args.hidden_dim, args.hidden_dim), bounds["low"].shape[1]
+    sizes = (batch.obs.shape[2], *hidden, action_dim)
+    actor, actor_target = (maddpg.Actor(AGENTS, *sizes, **bounds, final_init=0.0) for _ in range(2))
+    sizes = (batch.state.shape[1] + AGENTS * action_dim, *hidden, 1)
+    critic, critic_target = (maddpg.Critic(AGENTS if critic_per_agent else 1, *sizes) for _ in range(2))
+    optimizers = [torch.optim.Adam(x.parameters(), lr=1e-2, fused=True) for x in (actor, critic)]
+    networks = (actor, critic, actor_target, critic_target)
+    return lambda: maddpg.update(args, *networks, optimizers, batch, generator)
+
+
+def ours_maac(generator):
+    """A function that does one update of maac.py with its defaults, for discrete actions."""
+    args = maac.Args()
+    batch, bounds = random_transitions(generator, True)
+    obs_dim, action_dim = batch.obs.shape[2], bounds["low"].shape[1]
+    sizes = (obs_dim, args.hidden_dim, args.hidden_dim, action_dim)
+    actor, actor_target = (maac.Actor(AGENTS, *sizes, **bounds) for _ in range(2))
+    sizes = (obs_dim, action_dim, args.critic_dim, args.heads, True)
+    critic, critic_target = (maac.AttentionCritic(AGENTS, *sizes) for _ in range(2))
+    optimizers = [torch.optim.Adam(x.parameters(), lr=1e-3, fused=True) for x in (actor, critic)]
+    networks = (actor, critic, actor_target, critic_target)
+    return lambda: maac.update(args, *networks, optimizers, batch, generator)
+
+
+def ours_dop_deterministic(generator, discrete):
+    """A function that does one update, actors and targets included, of the paper's dop_deterministic.py."""
+    args = dop_deterministic.Args(**dop_deterministic.PRESETS["paper"])
+    batch, bounds = random_transitions(generator, discrete)
+    action_dim = bounds["low"].shape[1]
+    sizes = (batch.obs.shape[2], args.hidden_dim, args.hidden_dim, action_dim)
+    actor, actor_target = (dop_deterministic.Actor(AGENTS, *sizes, **bounds) for _ in range(2))
+    sizes = (batch.state.shape[1], AGENTS, action_dim, args.critic_hidden_dim)
+    critic, critic_target = (dop_deterministic.DecomposedCritic(*sizes) for _ in range(2))
+    optimizers = [torch.optim.RMSprop(x.parameters(), lr=5e-4, alpha=0.99, eps=1e-5) for x in (actor, critic)]
+    networks = (actor, critic, actor_target, critic_target)
+    return lambda: dop_deterministic.update(args, *networks, optimizers, batch, generator, True)
 
 
 # ---- a stand-in of the official update ----
@@ -173,6 +261,60 @@ def official(batch):
     return iteration
 
 
+# ---- tables ----
+def tasks(generator):
+    """Title -> the ways of one table; the last is the peer of the others if it is a stand-in."""
+    batch = random_batch(generator, ON + OFF)
+    dop = {setting: ours(setting, batch, generator) for setting in ("default", "paper")}
+    found = {
+        f"dop_stochastic.py at MMM's shapes, {ON} on-policy and {OFF} off-policy episodes of {T} steps": dop
+        | {"official stand-in": official(batch)},
+        f"coma.py and qmix.py at MMM's shapes, {coma.Args.batch_size} and {qmix.Args.batch_size} episodes": {
+            "coma.py": ours_coma(generator),
+            "qmix.py": ours_qmix(generator),
+        },
+    }
+    for discrete, kind in enumerate(("2-d continuous actions", "5 discrete actions")):
+        found[f"maddpg.py, {AGENTS} agents, {kind}"] = {
+            "default": ours_maddpg(generator, discrete, False),
+            "critic per agent": ours_maddpg(generator, discrete, True),
+            "stand-in": standins.maddpg(random_transitions(generator, discrete)[0])[0],
+        }
+    found[f"maac.py, {AGENTS} agents, 5 discrete actions"] = {
+        "maac.py": ours_maac(generator),
+        "stand-in": standins.maac(random_transitions(generator, True)[0])[0],
+    }
+    found[f"dop_deterministic.py --setting paper, {AGENTS} agents"] = {
+        kind: ours_dop_deterministic(generator, discrete)
+        for discrete, kind in enumerate(("2-d continuous actions", "5 discrete actions"))
+    }
+    return found
+
+
+def measure(ways, repeats):
+    """Way -> seconds of its turns."""
+    turns = {name: [] for name in ways}
+    for _ in range(repeats + 2):
+        for name, iteration in ways.items():
+            start = time.perf_counter()
+            iteration()
+            turns[name].append(round(time.perf_counter() - start, 5))
+    return {name: values[2:] for name, values in turns.items()}  # without the two turns that warm up
+
+
+def table_of(results):
+    """A line per number of threads, for the results of one task."""
+    seconds = {(x["threads"], x["way"]): x["seconds"] for x in results}
+    ways = list(dict.fromkeys(x["way"] for x in results))
+    *mine, peer = ways if ways[-1].endswith("stand-in") else (None,)
+    rows = [
+        [threads, *(f"{seconds[threads, way]:.4f}" for way in ways)]
+        + [f"{seconds[threads, peer] / seconds[threads, way]:.1f}x" for way in mine]
+        for threads in dict.fromkeys(x["threads"] for x in results)
+    ]
+    return markdown_table(["threads", *ways, *(f"{way} faster by" for way in mine)], rows)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,40 +326,26 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/update_speed.py", *(sys.argv[1:] if argv is None else argv)])
-    about = metadata(command) | {"episodes": [ON, OFF], "steps": T, "results": []}
-    generator = torch.Generator().manual_seed(1)
+    about = metadata(command) | {"steps": T, "results": []}
     torch.manual_seed(1)
-    batch = random_batch(generator)
-    ways = {"default": ours("default", batch, generator), "paper": ours("paper", batch, generator)}
-    ways["official stand-in"] = official(batch)
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        turns = {name: [] for name in ways}
-        for _ in range(args.repeats + 2):
-            for name, iteration in ways.items():
-                start = time.perf_counter()
-                iteration()
-                turns[name].append(round(time.perf_counter() - start, 4))
-        for name, values in turns.items():
-            median = statistics.median(values[2:])  # without the two turns that warm up
-            about["results"].append({"threads": threads, "way": name, "seconds": median, "turns": values[2:]})
-            print(f"threads {threads}  {name:18}{median:.3f} s", flush=True)
+    text = f"""# Training iteration
+
+Seconds of one training iteration on random data; learners from single steps have batches of {TRANSITIONS}. A
+stand-in is our code with the structure of the reference implementation.
+"""
+    for title, ways in tasks(torch.Generator().manual_seed(1)).items():
+        results = []
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for name, turns in measure(ways, args.repeats).items():
+                result = {"task": title, "threads": threads, "way": name}
+                results.append(result | {"seconds": statistics.median(turns), "turns": turns})
+                print(f"threads {threads}  {title}, {name}: {results[-1]['seconds']:.4f} s", flush=True)
+        about["results"] += results
+        text += f"\n## {title}\n\n{table_of(results)}"
     write_json(args.out.with_suffix(".json"), about)
-    seconds = {(x["threads"], x["way"]): x["seconds"] for x in about["results"]}
-    peer = "official stand-in"
-    rows = [[threads, *(f"{seconds[threads, way]:.3f}" for way in ways),
-             *(f"{seconds[threads, peer] / seconds[threads, way]:.1f}x" for way in list(ways)[:2])]
-            for threads in args.threads]  # fmt: skip
-    table = markdown_table(["threads", *ways, "default faster by", "paper faster by"], rows)
-    args.out.with_suffix(".md").write_text(f"""# Training iteration
-
-Seconds of one training iteration of `dop_stochastic.py` at MMM's shapes: {ON} on-policy and {OFF} off-policy
-episodes of {T} steps, random data. The stand-in is our code with the structure of the official update.
-
-{table}
-{describe(about)}
-""")
-    print(f"\n{table}\nwritten: {args.out}.json and .md")
+    args.out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
+    print(f"written: {args.out}.json and .md")
 
 
 if __name__ == "__main__":

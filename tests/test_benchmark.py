@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, throughput, update_speed
+from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, standins, throughput
+from benchmark import update_speed as speed
 from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
@@ -251,6 +252,48 @@ def test_scripted_targets():
     assert set(random[:, 0, 0].tolist()) == {STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2}
 
 
+def test_gathering_agrees_with_the_rewards_of_aggregation():
+    """The scripts measure all radii in one game that never ends early: the task itself has to agree."""
+    arrived = scripted.gather("mixed", 300, seed=1)  # (B, R)
+    env, generator = make("aggregation", num_envs=300, seed=1), torch.Generator().manual_seed(2)
+    obs, _ = env.reset(seed=1)
+    running, won = torch.ones(300, dtype=torch.bool), torch.full((300,), 26)
+    for step in range(1, 26):
+        obs, _, terminated, _, info = env.step(scripted.steer("mixed", obs, generator))
+        won[running & info["battle_won"]] = step
+        running &= ~terminated
+    assert torch.equal(won, arrived[:, scripted.RADII.index(0.5)]) and 30 < (won < 26).sum() < 150
+    assert (arrived.diff(dim=1) <= 0).all()  # a wider circle is reached no later
+    greedy = scripted.gather("greedy", 300, seed=1)[:, -1]
+    assert (greedy <= 25).all()
+
+
+def test_pushing_by_hand():
+    forces = torch.ones(3, 10, 10)
+    forces[1] = 0.8
+    forces[2, 1:] = 0.0
+    speeds, step_won, total = scripted.push(forces)
+    torch.testing.assert_close(speeds[:, :4], torch.tensor([[40, 70, 92.5, 109.375], [32, 56, 74, 87.5],
+                                                            [40, 30, 22.5, 16.875]]))  # fmt: skip
+    assert step_won.tolist() == [4, 6, 0] and total.tolist() == [40, 40, 3 - 10]
+    _, step_won, total = scripted.push(forces, end_on_win=True)
+    assert step_won.tolist() == [4, 6, 0] and total.tolist() == [4 * 3 + 10, 6 * 3 + 10, 3 - 10]
+
+
+def test_scripted_writes_its_pages(tmp_path, capsys):
+    scripted.main(["--particles", "--episodes", "200", "--out", str(tmp_path / "p")])
+    results = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert {(x["radius"], x["team"]) for x in results["aggregation"]} == {
+        (radius, team) for radius in scripted.RADII for team in ("random", "greedy", "mixed")
+    }
+    mill = results["mill"]
+    assert [x["force"] for x in mill["constant"]] == [1.0, 0.9, 0.8, 0.7, 0.67, 0.66]
+    assert mill["tolerated"] == 1 and mill["constant"][-1]["step_won"] == mill["wins"] == 0
+    assert "| 0.66 | never | 17.0 | 17.0 |" in (tmp_path / "p.md").read_text()
+    scripted.main("--maps 3m --teams stop --games 2 --out".split() + [str(tmp_path / "b")])
+    assert "| 3m | 0.00 / 0.0 / 2" in (tmp_path / "b.md").read_text()
+
+
 # ---- speed: only that the scripts run and write what they say ----
 def test_throughput_writes_its_table(tmp_path, capsys):
     throughput.main(
@@ -265,19 +308,63 @@ def test_throughput_writes_its_table(tmp_path, capsys):
     assert "| games | eager |" in (tmp_path / "t.md").read_text()
 
 
-def test_throughput_table_names_the_ratio():
-    ways = {"eager": 100.0, "compiled": 300.0, "smax": 200.0}
+def test_throughput_table_names_the_ratios():
+    ways = {"eager": 100.0, "compiled": 300.0, "mpe2": 200.0, "vmas": 600.0}
     ways = {name: {"steps_per_second": speed} for name, speed in ways.items()}
     results = [{"env": "2s3z", "num_envs": 4, "threads": 1, "ways": ways}]
-    assert throughput.table_of(results, "2s3z", 1, "smax").endswith("| 4 | 100 | 300 | 200 | 1.50 |\n")
+    table = throughput.table_of(results, "2s3z", 1)
+    assert "| ours / mpe2 | ours / vmas |" in table
+    assert table.endswith("| 4 | 100 | 300 | 200 | 600 | 1.50 | 0.50 |\n")
+
+
+def test_throughput_beside_a_peer(tmp_path, monkeypatch, capfd):
+    words = "--envs aggregation mill --num-envs 2 --threads 1 --seconds 0.01 --repeats 2 --no-compile".split()
+    words += ["--out", str(tmp_path / "t")]
+    throughput.main([*words, "--peer", "mpe2"])
+    report = json.loads((tmp_path / "t.json").read_text())
+    assert report["peer"].startswith("simple_spread of mpe2 1.")
+    assert [list(x["ways"]) for x in report["results"]] == [["eager", "mpe2"], ["eager"]]
+    assert min(report["results"][0]["ways"]["mpe2"]["turns"]) > 0
+    monkeypatch.setitem(throughput.PEERS, "smax", ("throughput_smax.py", "nothing", "1.0", ()))
+    with pytest.raises(SystemExit, match="has no nothing, install it with: .* -m pip install nothing==1.0"):
+        throughput.main([*words, "--peer", "smax"])
 
 
 def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(update_speed, "T", 3)
-    update_speed.main(["--threads", "1", "--repeats", "1", "--out", str(tmp_path / "u")])
+    for name, value in {"ON": 2, "OFF": 3, "T": 3, "TRANSITIONS": 20}.items():
+        monkeypatch.setattr(speed, name, value)
+    speed.main(["--threads", "1", "--repeats", "1", "--out", str(tmp_path / "u")])
     results = json.loads((tmp_path / "u.json").read_text())["results"]
-    assert [x["way"] for x in results] == ["default", "paper", "official stand-in"]
-    assert all(x["seconds"] > 0 for x in results)
+    assert [x["way"] for x in results[:5]] == ["default", "paper", "official stand-in", "coma.py", "qmix.py"]
+    tasks = " ".join(dict.fromkeys(x["task"].split(",")[0] for x in results))
+    assert all(x["seconds"] > 0 and len(x["turns"]) == 1 for x in results)
+    for name in ("maddpg.py", "maac.py", "dop_deterministic.py"):
+        assert name in tasks
+    assert "| critic per agent faster by |" in (tmp_path / "u.md").read_text()
+
+
+def test_update_speed_table_divides_by_the_stand_in():
+    seconds = {"default": 0.1, "paper": 0.5, "official stand-in": 1.0}
+    results = [{"threads": 2, "way": way, "seconds": x} for way, x in seconds.items()]
+    table = speed.table_of(results)
+    assert table.endswith("| 2 | 0.1000 | 0.5000 | 1.0000 | 10.0x | 2.0x |\n")
+    assert "faster by" not in speed.table_of(results[:2])
+
+
+@pytest.mark.parametrize("name, discrete", [("maddpg", False), ("maddpg", True), ("maac", True)])
+def test_stand_ins_learn(monkeypatch, name, discrete):
+    """Action 0, or a large force, pays: what is timed beside our updates does the work of a learner."""
+    monkeypatch.setattr(speed, "AGENTS", 2)
+    monkeypatch.setattr(speed, "TRANSITIONS", 64)
+    torch.manual_seed(0)
+    batch, _ = speed.random_transitions(torch.Generator().manual_seed(0), discrete)
+    good = (batch.actions == 0).float() if discrete else batch.actions.mean(2)
+    ended = torch.ones_like(batch.terminated)
+    update, actors = getattr(standins, name)(batch._replace(reward=good.mean(1), terminated=ended))
+    for _ in range(120):
+        update()
+    outputs = torch.stack([actor(x) for actor, x in zip(actors, batch.obs.unbind(1), strict=True)])
+    assert ((outputs.argmax(-1) == 0) if discrete else (outputs.mean(-1) > 0)).float().mean() > 0.9
 
 
 # ---- quadratic.py ----

@@ -973,42 +973,85 @@ def test_sampled_loss_weighs_the_score_by_the_aristocrat_utility():
 
 
 # ---- Theorem 3 ----
+def alike_agents(n):
+    """Policies (n, A), k (n,), values (n, A) of mean zero: the k_i Q_i(a_i) are i.i.d., as in [DOP]."""
+    q_values = [1.0, -0.5, -2.0, 1.5]  # 0.4 - 0.15 - 0.4 + 0.15 = 0
+    return tensor([[0.4, 0.3, 0.2, 0.1]] * n), tensor([1 / n] * n), tensor([q_values] * n)
+
+
+def unlike_agents(n):
+    """The same with random ones, three actions each."""
+    draw = generator(70)
+    pi = torch.rand(n, 3, generator=draw, dtype=torch.float64) + 0.2
+    pi = pi / pi.sum(-1, keepdim=True)
+    k = torch.rand(n, generator=draw, dtype=torch.float64) + 0.5
+    q_values = torch.randn(n, 3, generator=draw, dtype=torch.float64)
+    return pi, k / k.sum(), q_values - (pi * q_values).sum(-1, keepdim=True)
+
+
+def gradients_of_both_critics(pi, k, q_values, actions):
+    """g1 and g2 (J, n, A) of joint actions (J, n): agent i's score times Q_tot, or times k_i Q_i, as ours."""
+    J, n = actions.shape
+    logits = pi.log().expand(J, 1, n, -1).clone().requires_grad_()
+    mask, weights = torch.ones(J, 1, dtype=torch.float64), k.expand(J, 1, n)
+    values = q_values.expand(J, 1, n, -1)
+    loss = sampled_policy_gradient_loss(weights, values, logits.softmax(-1), actions.unsqueeze(1), mask)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    g2 = -J * gradient.squeeze(1)  # the loss is a mean over joint actions
+    score = torch.nn.functional.one_hot(actions, pi.shape[-1]) - pi  # of the softmax, (J, n, A)
+    q_tot = decomposed_q(
+        k, torch.zeros((), dtype=torch.float64), q_values.gather(-1, actions.t()).t()
+    )  # (J,)
+    return score * q_tot[:, None, None], g2
+
+
+def variances(gradients, probability):
+    """Sum over agents and actions of the variance of gradients (J, n, A) under a probability (J,)."""
+    mean = (probability[:, None, None] * gradients).sum(0)
+    return (probability[:, None, None] * (gradients - mean).square()).sum().item()
+
+
+def variances_by_moments(pi, k, q_values):
+    """The same of g1 and g2 without joint actions: the n - 1 others of g1 are independent of the score."""
+    eye = torch.eye(pi.shape[-1], dtype=torch.float64)
+    scores = eye - pi[:, None]  # (n, A played, A)
+    own = (k[:, None] * q_values)[..., None] * scores  # k_i Q_i(a_i) grad log pi_i(a_i)
+    mean = (pi[..., None] * own).sum(1, keepdim=True)
+    g2 = (pi[..., None] * (own - mean).square()).sum()
+    spread = k.square() * (pi * q_values.square()).sum(-1)  # (n,), Var(k_j Q_j)
+    size = (pi[..., None] * scores.square()).sum((1, 2))  # (n,), E[score^2]
+    return (g2 + (size * (spread.sum() - spread)).sum()).item(), g2.item()
+
+
+def enumerated_or_drawn(pi, draws=20_000):
+    """Joint actions (J, n) and their probabilities (J,): all of them where they are few, else draws."""
+    n, n_actions = pi.shape
+    if n_actions**n > draws:
+        return sample_actions(pi.expand(draws, -1, -1), generator(73)), tensor([1 / draws] * draws)
+    joints = torch.tensor(joint_actions(n, n_actions))
+    return joints, pi.gather(-1, joints.t()).prod(0)
+
+
+@pytest.mark.parametrize("agents", [alike_agents, unlike_agents])
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_variances_of_both_gradients_over_all_joint_actions(agents, n):
+    team = agents(n)
+    joints, probability = enumerated_or_drawn(team[0])
+    assert probability.sum().item() == pytest.approx(1)
+    ours = [variances(g, probability) for g in gradients_of_both_critics(*team, joints)]
+    assert ours == pytest.approx(variances_by_moments(*team), rel=1e-9)
+
+
 def test_variance_ratio_falls_as_one_over_n():
-    """Var(g2) / Var(g1) for one agent, n - 1 others like it: X_i = k Q_i(a_i) i.i.d. and centred, b = 0.
+    """n Var(g2) / Var(g1) stays near a constant from 2 to 32 agents; g1 has no baseline, as in [DOP].
 
-    g1 = s (X_1 + ... + X_n) and g2 = s X_1 with s = grad log pi_1, so the centred others only add variance:
-    Var(g1) = Var(g2) + (n - 1) E[s^2] Var(X).
+    The constant is c = Var(s X) / (E[s^2] Var(X)) of score s and X = k Q: the ratio is c / (c + n - 1).
     """
-    draws, k_i = 20_000, 0.7
-    row = [0.4, 0.3, 0.2, 0.1]
-    q = [1.0, -0.5, -2.0, 1.5]  # 0.4 - 0.15 - 0.4 + 0.15 = 0: centred
-    scores = [grad_log_pi(row, row, a) for a in range(4)]
-    mean = [sum(row[a] * k_i * q[a] * scores[a][x] for a in range(4)) for x in range(4)]
-    alone = sum(row[a] * sum((k_i * q[a] * scores[a][x] - mean[x]) ** 2 for x in range(4)) for a in range(4))
-    other = sum(row[a] * sum(s * s for s in scores[a]) for a in range(4))
-    other *= sum(row[a] * (k_i * q[a]) ** 2 for a in range(4))
-
-    sizes, ratios = [2, 4, 8, 16, 32], []
-    for n in sizes:
-        pi = tensor(row).expand(draws, 1, n, 4)
-        logits = pi.log().clone().requires_grad_()
-        actions = sample_actions(pi, generator(70 + n))  # (draws, 1, n)
-        k, q_values = torch.full((draws, 1, n), k_i, dtype=torch.float64), tensor(q).expand(draws, 1, n, 4)
-        mask = torch.ones(draws, 1, dtype=torch.float64)
-        loss = sampled_policy_gradient_loss(k, q_values, torch.softmax(logits, -1), actions, mask)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        g2 = -draws * gradient[:, 0, 0]  # (draws, A), the loss is a mean over draws
-        score = tensor(scores)[actions[:, 0, 0]]  # (draws, A)
-        q_tot = decomposed_q(k, torch.zeros(draws, 1, dtype=torch.float64), tensor(q)[actions])  # (draws, 1)
-        g1 = score * q_tot
-        assert g1.shape == g2.shape
-        ratio = (g2.var(0).sum() / g1.var(0).sum()).item()
-        assert ratio == pytest.approx(alone / (alone + (n - 1) * other), rel=0.1)
-        ratios.append(ratio)
-    assert ratios == sorted(ratios, reverse=True)
-    x, y = [math.log(n) for n in sizes], [math.log(r) for r in ratios]
-    x_mean, y_mean = sum(x) / 5, sum(y) / 5
-    slope = sum((u - x_mean) * (v - y_mean) for u, v in zip(x, y, strict=True)) / sum(
-        (u - x_mean) ** 2 for u in x
-    )
-    assert -1.25 < slope < -0.85
+    g1, g2 = variances_by_moments(*alike_agents(2))
+    c = g2 / (g1 - g2)  # 0.81
+    for n in (2, 4, 8, 16, 32):
+        team = alike_agents(n)
+        joints, probability = enumerated_or_drawn(team[0])
+        g1, g2 = (variances(g, probability) for g in gradients_of_both_critics(*team, joints))
+        assert g2 / g1 == pytest.approx(c / (c + n - 1), rel=0.03)
+        assert 0.95 * c < n * g2 / g1 < 1.15 * c

@@ -19,8 +19,9 @@ SMALL = {
     "maddpg": "",
     "dop_deterministic": "",
     "masql": "--particles 4",
+    "maac": "--critic-dim 8",
 }
-STEPPING = ("maddpg", "dop_deterministic", "masql")
+STEPPING = ("maddpg", "dop_deterministic", "masql", "maac")
 DISCRETE = ["3m", "cdm,guided_share=0.5,guided_steps=20", "cdm,first_action=0.8,n_agents=3"]
 DISCRETE += ["spread,discrete=True", "aggregation,discrete=True", "mill,discrete=True"]
 CONTINUOUS = ["quadratic", "spread", "aggregation", "mill"]

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = {"EPISODE": ["dop_stochastic", "coma", "qmix"], "STEP": ["maddpg", "masql", "dop_deterministic"]}
+FAMILIES = {
+    "EPISODE": ["dop_stochastic", "coma", "qmix"],
+    "STEP": ["maddpg", "masql", "dop_deterministic", "maac"],
+}
 FILES = [name for family in FAMILIES.values() for name in family]
 TEXT = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
 # what any file has under these names is the same in all files
