@@ -85,14 +85,14 @@ class Args:
     # Algorithm specific arguments
     setting: Literal["default", "paper", "appendix"] = "default"
     """entry of PRESETS to start from: paper is section 5.2 of [DOP], appendix is its G.2; flags win"""
-    actor_lr: float = 1e-4
+    actor_lr: float = 5e-5
     """learning rate of the actors (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])"""
-    critic_lr: float = 5e-4
+    critic_lr: float = 1e-3
     """learning rate of the critic (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])"""
     gamma: float = 0.99
     """discount (code of stochastic [DOP])"""
-    tau: float = 0.01
-    """share of the live networks that enters the targets at an update (appendix of MADDPG)"""
+    tau: float = 0.05
+    """share of the live networks that enters the targets at an update (0.01 in the appendix of MADDPG)"""
     policy_delay: int = 2
     """critic updates per update of actors and targets (Appendix G.2 of [DOP])"""
     hidden_dim: int = 64
@@ -119,15 +119,19 @@ class Args:
 
 # setting or environment id -> what differs from the defaults
 PRESETS = {
-    "paper": dict(num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1024, actor_lr=5e-4),
+    "paper": dict(
+        num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1024, tau=0.01,
+        actor_lr=5e-4, critic_lr=5e-4,
+    ),
     "appendix": dict(
-        num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1250, buffer_size=10_000,
+        num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1250, buffer_size=10_000, tau=0.01,
         actor_lr=5e-3, critic_lr=5e-3,
     ),
     "aggregation": dict(
-        total_timesteps=1_000_000, warmup_steps=50_000, eval_every=50_000, log_every=5_000,
+        total_timesteps=500_000, warmup_steps=100_000, eval_every=20_000, log_every=5_000,
     ),
     "mill": dict(total_timesteps=60_000, warmup_steps=5_000),
+    "spread": dict(total_timesteps=500_000, eval_every=20_000, warmup_steps=5_000),
     "cdm": dict(
         total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,
         batch_size=128, warmup_steps=256, update_every=4,

@@ -118,16 +118,19 @@ class Args:
 
 # environment id -> what differs from the defaults
 PRESETS = {
+    # particle tasks: games, replay, updates and targets of dop_deterministic.py, learning rates as published
     "aggregation": dict(
-        total_timesteps=1_000_000, num_envs=32, eval_every=50_000, log_every=5_000, batch_size=256,
-        buffer_size=250_000, warmup_steps=50_000, update_every=32,
+        total_timesteps=500_000, num_envs=32, eval_every=20_000, log_every=5_000, tau=0.05, batch_size=256,
+        buffer_size=250_000, warmup_steps=100_000, update_every=32,
     ),
     "mill": dict(
-        total_timesteps=60_000, num_envs=32, batch_size=256, buffer_size=250_000, warmup_steps=5_000,
-        update_every=32,
+        total_timesteps=60_000, num_envs=32, tau=0.05, batch_size=256, buffer_size=250_000,
+        warmup_steps=5_000, update_every=32,
     ),
-    # with the published tau the targets of these few updates would stay near their start
-    "spread": dict(total_timesteps=200_000, num_envs=32, tau=0.01, batch_size=256, update_every=32),
+    "spread": dict(
+        total_timesteps=500_000, num_envs=32, eval_every=20_000, tau=0.05, batch_size=256,
+        buffer_size=250_000, warmup_steps=5_000, update_every=32,
+    ),
     "cdm": dict(
         total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,
         batch_size=128, warmup_steps=256, update_every=4,

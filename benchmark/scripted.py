@@ -31,7 +31,7 @@ TEAMS = {
     "weakest": "attacks the enemy in reach with the least hp and shield, else walks east",
 }
 NO_OP, STOP, EAST, FIRST_TARGET = 0, 1, 4, 6
-RADII = (0.2, 0.3, 0.4, 0.5, 0.6)  # of aggregation
+RADII = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of aggregation
 PARALLEL = 50_000  # games of a particle task
 
 

@@ -19,7 +19,7 @@ _REGISTRY |= {
     "cdm": ("envs.cdm", "CDM", {}),
     "spread": ("envs.mpe", "Spread", {}),
     "aggregation": ("envs.mpe", "Aggregation", {}),
-    "aggregation_hard": ("envs.mpe", "Aggregation", {"radius": 0.3}),
+    "aggregation_hard": ("envs.mpe", "Aggregation", {"radius": 0.5}),
     "mill": ("envs.mpe", "Mill", {}),
 }
 _NO_OPTIONS = {"num_envs", "device", "seed", "map_name", "path"}  # make() has its own, the others are the id

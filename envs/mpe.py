@@ -244,14 +244,21 @@ class Aggregation(_Arena):
     """N agents meet at a landmark [DOP]: +10 once all are within `radius` of it, or -10 at step 25.
 
     Both are terminal: the penalty is a part of the task. Agents do not collide. `info["battle_won"]` (B,)
-    tells success. Raises ValueError for n_agents < 1 and a radius that is not positive.
+    tells success. The positions of the state are relative to the landmark.
+    Raises ValueError for n_agents < 1 and a radius that is not positive.
     """
 
-    def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.5):
+    def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.8):
         _require_positive(radius=radius)
         sizes = (n_agents, 1, True, 0, torch.float32)
         super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._radius = radius
+
+    def _observe(self):
+        obs, state, legal = super()._observe()
+        pos = state[:, 2 * self.n_agents : 4 * self.n_agents].unflatten(1, (-1, 2))  # (B, N, 2)
+        pos -= self._scene.landmark.float()  # in the state itself
+        return obs, state, legal
 
     def _advance(self, actions):
         world = self._scene = move(self._scene, self._forces(actions))

@@ -133,7 +133,9 @@ def test_aggregation_observations_and_state():
                 seen = [landmark[game][0]] + [pos[game][j] for j in range(5) if j != i]
                 row = [*vel[game][i], x, y] + [c for u, v in seen for c in (u - x, v - y)] + [1 - step / 25]
                 torch.testing.assert_close(info["final_obs"][game, i], torch.tensor(row), **CLOSE)
-            points = [c for point in vel[game] + pos[game] + landmark[game] for c in point]
+            goal = landmark[game][0]
+            relative = [[u - v for u, v in zip(point, goal, strict=True)] for point in pos[game]]
+            points = [c for point in [*vel[game], *relative, goal] for c in point]
             torch.testing.assert_close(env.state()[game], torch.tensor([*points, 1 - step / 25]), **CLOSE)
 
 
@@ -151,7 +153,7 @@ def test_aggregation_greedy_controller_succeeds(radius, steps):
     assert (lengths > 0).all() and abs(lengths.mean() - steps) < 0.2
 
 
-def test_aggregation_random_team_hardly_ever_succeeds():
+def test_aggregation_random_team_rarely_succeeds():
     env = build(Aggregation, 20_000, 2)
     generator = torch.Generator().manual_seed(0)
     env.reset()
@@ -160,7 +162,7 @@ def test_aggregation_random_team_hardly_ever_succeeds():
         _, _, terminated, _, info = env.step(random_actions(env, generator))
         won += (info["battle_won"] & first_episode).sum()
         first_episode &= ~terminated
-    assert 2 <= won <= 25  # 6 in 10,000 episodes
+    assert 360 <= won <= 560  # 23 in 1000 episodes
 
 
 def test_aggregation_ends():
@@ -168,7 +170,7 @@ def test_aggregation_ends():
     env.reset()
     landmark = env._scene.landmark
     for step in range(1, 26):
-        pos = landmark + torch.tensor([0.49, 0.0])
+        pos = landmark + torch.tensor([0.79, 0.0])
         pos = pos.expand(-1, 5, -1).clone()
         pos[1:, 4, 0] += 0.02  # one agent is outside in all games but 0
         pos[3] -= 0.1 * (step == 25)  # game 3 makes it with the last step
@@ -407,7 +409,7 @@ def test_ids_take_the_arguments_of_programs_and_users():
         env = make(env_id, num_envs=2, validate=False)
         assert env.reset()[0].shape == (2, env.n_agents, env.obs_dim)
         assert isinstance(make(f"{env_id},discrete=True").single_action_space, spaces.MultiDiscrete)
-    assert make("aggregation_hard")._radius == 0.3 and make("aggregation,radius=0.4")._radius == 0.4
+    assert make("aggregation_hard")._radius == 0.5 and make("aggregation,radius=0.4")._radius == 0.4
     with pytest.raises(
         ValueError, match="mill has no argument 'omega'; it has validate, discrete, n_agents,"
     ):
