@@ -21,7 +21,8 @@ Differs from the paper:
 Without `--setting` also, to learn in minutes on one core (docs/dop_deterministic.md):
 4. 32 games and an update every 32 steps, not one game and an update at every step;
 5. local critics of 64 units, not 256, and batches of 256;
-6. actors learn at 1e-4, as RMSprop would let the noise of an unlearnt critic drive them to their bounds.
+6. targets move by 0.05 and actors learn at 5e-5, slowly beside the critic (1e-3): RMSprop would otherwise
+   let the noise of an unlearnt critic drive them to their bounds.
 """
 
 import copy

@@ -28,6 +28,9 @@ OTHER = {
     "scripted_particles": "Random and scripted teams on particle tasks",
     "saturation": "How sharp the policies have become",
     "cdm": "Who finds and who holds the optimum of the mismatch game",
+    "smac": "Win rates on SMAC maps at equal environment steps",
+    "particles": "Who learns aggregation, mill and spread, beside published returns",
+    "credit_mill": "What deterministic DOP credits each agent of the mill with",
     "diffs": "How many lines two algorithm files share",
     "quadratic": "Who finds the better optimum of the quadratic game, and what annealing changes",
 }

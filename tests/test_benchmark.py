@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, standins, throughput
+from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, smac, standins, throughput
 from benchmark import update_speed as speed
 from envs import make
 
@@ -431,3 +431,24 @@ def test_cdm_counts_found_held_and_lost(tmp_path, monkeypatch, capsys):
     cdm.main([])
     held, found, lost = (common.success_rate([i < n for i in range(3)]) for n in (1, 2, 1))
     assert f"| COMA | {held} | {found} | {lost} |" in (tmp_path / "cdm.md").read_text()
+
+
+def test_smac_cuts_curves_to_equal_steps(tmp_path, monkeypatch, capsys):
+    def report(name, *curves, **more):
+        curves_of = [{"eval/win_rate": {"step": x, "value": y}} | more for x, y in curves]
+        runs = [{"curves": x, "commit": "abc"} for x in curves_of]
+        steps = {"min": min(x[-1] for x, _ in curves)}
+        facts = dict(name=name, command="python x.py", env="3m", date="today", workers=2, hardware={})
+        facts |= dict(runs=runs, seeds=[1, 2], summary={"steps": steps})
+        common.write_json(tmp_path / f"{name}.json", facts)
+
+    monkeypatch.setattr(smac, "RESULTS", tmp_path)
+    report("coma_3m", ([1000, 2000], [0.5, 0.25]), **{"losses/entropy": {"value": [1.0, 0.04]}})
+    with pytest.raises(SystemExit, match="no two sets"):
+        smac.main([])
+    report("dop_3m_long", ([1000, 2000, 3000], [0.95, 0.5, 1.0]), ([1000, 2000, 3000], [0.0, 0.2, 1.0]))
+    smac.main([])
+    text = (tmp_path / "smac.md").read_text()
+    assert "## 3m, 2,000 steps" in text
+    assert "| DOP | 2 | 0.57 (0.20) | 0.35 (0.20) | 0.35 (0.20) | 1k, - | -, - | -, - |" in text
+    assert "| COMA | 1 | 0.50 (0.50) | 0.25 (0.25) | 0.25 (0.25) | - | 0.04 | - |" in text
