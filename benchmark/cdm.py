@@ -18,7 +18,7 @@ from benchmark.common import RESULTS, markdown_table, source, success_rate
 
 METHODS = {
     "dop": "DOP", "dop_on_policy": "DOP, on-policy only", "coma": "COMA", "maddpg": "MADDPG",
-    "dop_deterministic": "deterministic DOP", "qmix": "QMIX",
+    "dop_deterministic": "deterministic DOP", "maac": "MAAC", "qmix": "QMIX",
 }  # fmt: skip
 LAST = 5  # evaluations
 

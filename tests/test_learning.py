@@ -37,3 +37,16 @@ def test_learns_to_win_3m(name, tmp_path):
     out = output(f"{name} --env 3m --total-timesteps 200000 --eval-every 10000", tmp_path)
     win_rates = [float(x) for x in re.findall(r"win_rate (\d\.\d+)", out)]
     assert max(win_rates) >= 0.9  # random and idle teams never win
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dop_deterministic.py", "maddpg.py", "maac.py"])
+def test_learns_to_turn_the_mill(name, tmp_path):
+    out = output(f"{name} --env mill", tmp_path)
+    assert float(re.findall(r"win_rate (\d\.\d+)", out)[-1]) >= 0.95  # random teams never win
+
+
+@pytest.mark.slow
+def test_deterministic_dop_learns_to_meet(tmp_path):
+    out = output("dop_deterministic.py --env aggregation", tmp_path)
+    assert float(re.findall(r"win_rate (\d\.\d+)", out)[-1]) >= 0.95  # random teams: 0.02
