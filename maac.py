@@ -13,10 +13,11 @@ G networks, M inputs of a network, H units of the critics, E units of a head, P 
 
 Differs from the paper:
 1. all critics learn the team reward, which is neither normalised nor scaled;
-2. continuous actions, which the paper leaves open and its code does not have, are our own version: Gaussian
-   policies squashed by tanh, a critic that also takes the own action, reparameterised gradients;
+2. continuous actions, of which the paper only says how to get the baseline and its code has none, are our own
+   version: Gaussian policies squashed by tanh, heads that take the own action, reparameterised gradients;
 3. clipped in one: the gradients of all policies;
-4. an episode ended by the clock bootstraps from its own last observation.
+4. an episode ended by the clock bootstraps from its own last observation;
+5. critics and policies take the same batch, and targets move at every update, as in the official code.
 From the official code: inputs are not normalised; policies and heads use ReLU; gradients of shared weights
 are not divided by N; the entropy is discounted and ends with the episode, as in the paper's target.
 """
@@ -270,7 +271,8 @@ def soft_td_targets(reward, terminated, next_q, next_log_pi, gamma, alpha):
 def counterfactual_advantage(q_values, pi, actions):
     """A_i (B, N) of discrete actions, one-hot, from q_values of all own actions; all (B, N, A)."""
     assert q_values.shape == pi.shape == actions.shape
-    # Eq. 9 of [MAAC]: A_i = Q_i(o, a) - b_i, b_i = sum_{a'_i} pi_i(a'_i | o_i) Q_i(o, (a'_i, a_others))
+    # Eq. 9 of [MAAC]: A_i = Q_i(o, a) - b_i
+    # Eq. 10 of [MAAC]: b_i = sum_{a'_i} pi_i(a'_i | o_i) Q_i(o, (a'_i, a_others))
     return (q_values * (actions - pi)).sum(-1)
 
 
@@ -447,7 +449,7 @@ def merge(*parts):
 
 
 def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator):
-    """Critics, policies and targets on one batch, as in Algorithm 1 of [MAAC]."""
+    """Critics, policies and targets, all on one batch (Algorithm 1 of [MAAC])."""
     actions = encode(actor, batch.actions)  # (B, N, D)
     (B, N, _), discrete = actions.shape, batch.avail_actions is not None
     sample = sample_categorical if discrete else sample_squashed
@@ -480,7 +482,7 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
         legal = policy.masked_fill(~batch.avail_actions, 0.0)  # (B, N, A)
         actor_loss = actor_loss + args.logit_penalty * legal.square().mean((0, 2)).sum()
     else:
-        # NOTE: the paper has no reparameterised form; here it stands for Eq. 8, the others' actions constant
+        # NOTE: the paper keeps Eq. 8, its baseline estimated; here reparameterised, others' actions constant
         q_own, _, _ = critic(batch.obs, own.detach(), own)  # (B, N)
         actor_loss = (args.alpha * log_pi - q_own).mean(0).sum()
     grad_norm_actor = descend(optimizers[0], actor_loss, args.max_grad_norm)

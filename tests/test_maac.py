@@ -170,6 +170,9 @@ def test_squashed_policies_stay_finite_far_out_and_greedy_ones_play_the_mean():
     actions, log_pi = maac.sample_squashed(policy, seeded())
     grad = torch.autograd.grad((actions.sum() + log_pi.sum()), policy)[0]
     assert all(x.isfinite().all() for x in (actions, log_pi, grad)) and (actions.abs() <= 1).all()
+    for far, bound in ((-99.0, -5.0), (99.0, 2.0)):  # log deviations
+        samples = [maac.sample_squashed(torch.tensor([0.3, x]), seeded()) for x in (far, bound, 0.99 * bound)]
+        assert same(samples[0], samples[1]) and not same(samples[0], samples[2])
     actor, obs = make_actor(), torch.randn(5, N, OBS)
     actions, _ = maac.act(actor, obs, None)
     expected = LOW + (actor(obs, None)[..., :D].tanh() + 1) / 2 * (HIGH - LOW)
@@ -282,6 +285,13 @@ def test_update_moves_networks_and_targets(discrete):
     assert all(x.isfinite() for x in logs.values())
 
 
+def test_each_gradient_is_clipped_at_its_own_norm(monkeypatch):
+    limits = []
+    monkeypatch.setattr(maac, "descend", lambda optimizer, loss, norm: limits.append(norm) or torch.zeros(()))
+    maac.update(*learner(max_grad_norm=0.3, critic_max_grad_norm=2.0), seeded())
+    assert limits == [N * 2.0, 0.3]
+
+
 # ---- the program ----
 def test_a_run_learns_writes_and_prints(run):
     settings = "--total-timesteps 2400 --eval-every 1200 --update-every 4 --gamma 0 --actor-lr 0.005"
@@ -292,13 +302,14 @@ def test_a_run_learns_writes_and_prints(run):
     state = checkpoint(folder)
     assert state["args"] == json.loads((folder / "args.json").read_text())
     assert state["global_step"] == 2400 and state["iteration"] == (2400 - 100) // 4 + 1
+    assert not any(same(state[x], state[f"{x}_target"]) for x in ("actor", "critic"))
     curves = scalars(folder)
     charts = "episodic_return episodic_length SPS train_seconds".split()
     losses = "critic_loss actor_loss q_taken td_target entropy grad_norm_actor grad_norm_critic".split()
     tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses}
     assert curves.keys() == tags | {f"eval/{x}" for x in charts[:2]}
     share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.9  # untrained: 0.7
+    assert share > 0.85  # untrained: 0.7
     step.check_stored()
 
 
@@ -315,6 +326,10 @@ def test_discrete_actions_and_games_of_one_step_are_learnt(run):
     assert code == 0 and scalars(folder)["eval/episodic_return"][-1][1] == 10
 
 
+def test_a_lone_agent_in_a_lone_game_learns(run):
+    assert run("--num-envs", "1", "--total-timesteps", "200", env="cdm,n_agents=1")[0] == 0
+
+
 def test_an_environment_biases_the_untrained_policy(run):
     biases = [
         checkpoint(run("--warmup-steps", "500", env=env)[2])["actor"]["biases.2"]
@@ -322,6 +337,16 @@ def test_an_environment_biases_the_untrained_policy(run):
     ]
     shift = biases[1] - biases[0]
     assert (shift[..., 0] > 3).all() and not shift[..., 1:].any()
+
+
+def test_settings_reach_networks_and_optimisers_and_targets_start_as_copies(run):
+    flags = "--warmup-steps 500 --critic-dim 24 --heads 2 --actor-lr 0.002 --critic-lr 0.003"
+    state = checkpoint(run(*flags.split(), "--critic-weight-decay", "0.004", env="aim")[2])
+    assert step.Aim.program["critic"].heads == 2 and state["critic"]["query.weight"].shape == (24, 24)
+    for name, lr, weight_decay in (("actor", 2e-3, 0), ("critic", 3e-3, 4e-3)):
+        (group,) = state[f"{name}_optimizer"]["param_groups"]
+        assert (group["lr"], group["weight_decay"]) == (lr, weight_decay)
+        assert same(state[name], state[f"{name}_target"])
 
 
 def test_resume_restores_and_goes_on(run):
