@@ -367,6 +367,8 @@ def load(run, parts, generators=()):
     try:
         checkpoint = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
         for name, part in parts.items():
+            if isinstance(part, torch.optim.Optimizer):  # learning rates are settings, not progress
+                checkpoint[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(checkpoint[name])
         for generator, state in zip(generators, checkpoint["rng"], strict=False):
             if state.shape == generator.get_state().shape:  # else it comes from another kind of device

@@ -416,10 +416,13 @@ def check_resume(run, parts):
     after = checkpoint(folder)
     assert all(same(after[part], before[part]) for part in (*parts, "iteration"))
     assert after["global_step"] == 404 and not same(after["rng"], before["rng"])
-    code, _, _ = run("--resume", str(folder), "--total-timesteps", "800", env=None, small=False)
+    flags = ["--resume", str(folder), "--total-timesteps", "800", "--critic-lr", "0.125"]
+    code, _, _ = run(*flags, env=None, small=False)
     after = checkpoint(folder)
     assert code == 0 and after["global_step"] == 800 and after["iteration"] > before["iteration"] > 0
-    assert after["args"] | {"resume": None, "total_timesteps": 400} == before["args"]
+    old = {"resume": None, "total_timesteps": 400, "critic_lr": before["args"]["critic_lr"]}
+    assert after["args"] | old == before["args"]
+    assert after["critic_optimizer"]["param_groups"][0]["lr"] == 0.125  # a flag, unlike the rest
     assert not same(after["actor"], before["actor"])
 
 
