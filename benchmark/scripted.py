@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.common import ENGINE, RESULTS, ROOT, describe, markdown_table, metadata, wilson, write_json
 from envs import make
-from envs.mpe import PAID_SPEED, distances
+from envs.mpe import PAID_SPEED
 
 MAPS = ["MMM", "3m", "8m", "2s3z", "3s5z", "10m_vs_11m"]
 TEAMS = {
@@ -162,8 +162,8 @@ def gather(team, games, seed):
     arrived = torch.full((games, len(RADII)), env.episode_limit + 1)
     for step in range(1, env.episode_limit + 1):
         obs, _, _, _, info = env.step(steer(team, obs, generator))
-        points = info["final_state"][:, 2 * n : -1].unflatten(1, (n + 1, 2))  # agents, landmark
-        farthest = distances(points[:, :n], points[:, n:]).amax((1, 2))  # (B,)
+        offsets = info["final_state"][:, 2 * n : 4 * n].unflatten(1, (n, 2))  # from the landmark
+        farthest = torch.hypot(*offsets.unbind(2)).amax(1)  # (B,)
         inside = farthest[:, None] < torch.tensor(RADII)  # (B, R)
         arrived = torch.where(inside, arrived.clamp_max(step), arrived)
     return arrived

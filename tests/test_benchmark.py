@@ -262,7 +262,7 @@ def test_gathering_agrees_with_the_rewards_of_aggregation():
         obs, _, terminated, _, info = env.step(scripted.steer("mixed", obs, generator))
         won[running & info["battle_won"]] = step
         running &= ~terminated
-    assert torch.equal(won, arrived[:, scripted.RADII.index(0.5)]) and 30 < (won < 26).sum() < 150
+    assert torch.equal(won, arrived[:, scripted.RADII.index(0.8)]) and 90 < (won < 26).sum() < 210
     assert (arrived.diff(dim=1) <= 0).all()  # a wider circle is reached no later
     greedy = scripted.gather("greedy", 300, seed=1)[:, -1]
     assert (greedy <= 25).all()
