@@ -182,10 +182,10 @@ def published_table():
 
 
 # ---- page ----
-WINNING = """Win rates are greedy, over {games} evaluation games with fixed seeds: median over seeds
+LEGEND = """Win rates are greedy, over {games} evaluation games with fixed seeds: median over seeds
 (worst seed), at the end and as mean over the evaluations after 80% of the steps. Solved: at least
-{solved:g} in an evaluation; numbers of seeds with Wilson's 95% interval. Final return: greedy, mean
-over seeds with Student's 95% interval."""
+{solved:g} in an evaluation; numbers of seeds with Wilson's 95% interval. Returns: greedy, mean over
+seeds with Student's 95% interval."""
 CLAIMS = {
     "aggregation": """[DOP] (Wang et al., ICLR 2021, section 5.2) has curves only (Fig. 4), of 12 seeds. It
 says that MADDPG and MAAC find rewarding configurations but quickly diverge, and that deterministic DOP
@@ -196,43 +196,40 @@ successes.""",
     "mill": """[DOP] has curves only (Fig. 4), of 12 seeds. It says that deterministic DOP
 outperforms MADDPG and MAAC.""",
     "spread": """Not a task of [DOP]. Greedy return per episode in our unit: the reward of a step is
-the *mean* over agents, local_ratio is 0.5. The last column is mpe2's sum over agents. Intervals are
-Student's 95% over seeds; the last fifth is the mean over the evaluations after 80% of the steps.""",
+the *mean* over agents, local_ratio is 0.5. The last column is mpe2's sum over agents.""",
 }
 
 
 def section(task, reports):
     """Heading, claim, table, pictures of one task."""
     parts = [f"## {task}", CLAIMS[task]]
-    games = sorted({report["settings"].get("eval_episodes", "?") for report in reports.values()}, key=str)
-    games = " or ".join(map(str, games))
     if task == "spread":
-        parts += [spread_table(reports).strip(), f"Evaluations over {games} games." if reports else ""]
+        parts += [spread_table(reports).strip()]
         parts += ["Known implementations:", published_table().strip(), COUNTED]
-    elif reports:
-        parts += [winning_table(reports).strip(), WINNING.format(games=games, solved=SOLVED)]
     else:
-        parts.append("No runs yet.")
+        parts.append(winning_table(reports).strip())
     for name in (task, f"{task}_return"):
         if (RESULTS / f"{name}.png").exists():
             parts.append(f"![{name}]({name}.png)")
-    return [part for part in parts if part]
+    return parts
 
 
 def main(argv=None):
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
-    parts = ["# The particle tasks", "Written by `python benchmark/particles.py`."]
-    sources = []
+    parts, games, sources = [], set(), []
     for task in TASKS:
         paths = {algorithm: RESULTS / f"{algorithm}_{task}.json" for algorithm in ALGORITHMS}
         reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-        parts += section(task, reports)
+        parts += section(task, reports) if reports else []
+        games |= {report["settings"]["eval_episodes"] for report in reports.values()}
         sources += [source(report) for report in reports.values()]
     if not sources:
         sys.exit("particles.py: docs/results has no <algorithm>_<task>.json of the particle tasks yet")
-    parts += ["Sources:", "\n".join(sources)]
+    legend = LEGEND.format(games=" or ".join(map(str, sorted(games))), solved=SOLVED)
+    head = ["# The particle tasks", f"Written by `python benchmark/particles.py`.\n{legend}"]
+    parts = [*head, *parts, "Sources:", "\n".join(sources)]
     (RESULTS / "particles.md").write_text("\n\n".join(parts) + "\n")
     print(f"written: {RESULTS / 'particles.md'}")
 
