@@ -197,6 +197,7 @@ def main(argv=None):
         if not (run / "model.pt").exists():
             parser.error(f"{run} has no model.pt")
         finished.append(measure(torch.load(run / "model.pt", map_location="cpu", weights_only=True)))
+    finished.sort(key=lambda measured: measured["seed"])
     checkpoints = [measure(x) for x in train(args.seed, args.save_every, argv[cut + 1 :])]
     facts = metadata(shlex.join(["python", "benchmark/credit.py", *argv]), threads=torch.get_num_threads())
     content = facts | {"forces": rounded(FORCES), "checkpoints": checkpoints, "finished": finished}
