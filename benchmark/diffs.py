@@ -14,7 +14,7 @@ from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata
 
 FAMILIES = {
     "whole episodes": ["dop_stochastic.py", "coma.py", "qmix.py"],
-    "single steps": ["maddpg.py", "dop_deterministic.py", "masql.py"],
+    "single steps": ["maddpg.py", "dop_deterministic.py", "maac.py", "masql.py"],
 }
 
 
