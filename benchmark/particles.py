@@ -24,6 +24,8 @@ from benchmark.plot import interval
 from envs import make
 
 ALGORITHMS = {"dop": "deterministic DOP", "maddpg": "MADDPG", "maac": "MAAC"}
+LABELS = ALGORITHMS | {"longer": "MADDPG, longer"}
+LONGER = "maddpg_spread_long"  # to compare with known implementations, which learn longer
 TASKS = ("aggregation", "aggregation_hard", "mill", "spread")
 SOLVED = 0.95  # greedy win rate
 AGENTS, STEPS = 3, 25  # of spread
@@ -51,7 +53,7 @@ def facts(algorithm, report):
     """The first three cells of a row: name, seeds, environment steps."""
     failed = f" ({len(report['failed'])} failed)" if report["failed"] else ""
     steps = statistics.median(run["summary"]["steps"] for run in report["runs"])
-    return [ALGORITHMS[algorithm], f"{len(report['runs'])}{failed}", f"{steps:,.0f}"]
+    return [LABELS[algorithm], f"{len(report['runs'])}{failed}", f"{steps:,.0f}"]
 
 
 def winning_table(reports):
@@ -221,6 +223,7 @@ def main(argv=None):
     parts, games, sources = [], set(), []
     for task in TASKS:
         paths = {algorithm: RESULTS / f"{algorithm}_{task}.json" for algorithm in ALGORITHMS}
+        paths |= {"longer": RESULTS / f"{LONGER}.json"} if task == "spread" else {}
         reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
         parts += section(task, reports) if reports else []
         games |= {report["settings"]["eval_episodes"] for report in reports.values()}
