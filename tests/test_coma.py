@@ -2,35 +2,16 @@
 
 import copy
 import itertools
-import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
-import test_dop_stochastic as sibling
 import torch
 import torch.nn.functional as F
-from test_dop_stochastic import OBS, A, N, S, checkpoint, same, scalars
+from programs import A, N, Toy, checkpoint, in_double, rand, random_episodes, same, with_garbage
 
 import coma
 
-run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
-SMALL = "--num-envs 4 --total-timesteps 400 --eval-every 200 --eval-episodes 6 --batch-size 4".split()
-SMALL += "--critic-updates 2".split()
-PARTS = ("actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer")
-
-
-@pytest.fixture(autouse=True)
-def program(monkeypatch):
-    """The sibling's fixture `run` runs this program."""
-    monkeypatch.setattr(sibling, "SCRIPT", Path(coma.__file__))
-    monkeypatch.setattr(sibling, "SMALL", SMALL)
-
-
-def rand(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+OBS, S = Toy.OBS, Toy.S
 
 
 # ---- equations ----
@@ -166,19 +147,8 @@ def learner(limit=5, **settings):
     args = coma.Args(**{"gamma": 0.9, "critic_updates": 1} | settings)
     actor, critic, critic_target = coma.Actor(OBS, N, A, 16).double(), random_critic(1), random_critic(2)
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-3) for x in (actor, critic)]
-    buffer, _ = sibling.random_play(20, limit=limit)
-    batch = buffer.sample([(7, 7)], torch.Generator().manual_seed(0))
-    avail_actions = batch.avail_actions.clone()
-    avail_actions[..., :2] = True
-    floats = {name: getattr(batch, name).double() for name in ("obs", "state", "reward")}
-    return (
-        args,
-        actor,
-        critic,
-        critic_target,
-        optimizers,
-        batch._replace(avail_actions=avail_actions, **floats),
-    )
+    batch = in_double(random_episodes([(7, 7)], limit))
+    return args, actor, critic, critic_target, optimizers, batch
 
 
 def iterate(parts):
@@ -257,17 +227,8 @@ def test_termination_does_not_bootstrap_and_truncation_does():
 def test_padding_is_worth_nothing():
     batch = learner()[-1]
     logs, plain = iterate(learner())
-    padding = ~batch.mask  # (B, T)
-    behind = F.pad(padding, (1, 0))  # (B, T + 1), without the last observation
-    assert padding.any()
-    garbage = {name: getattr(batch, name).clone() for name in batch._fields}
-    for name in ("obs", "state"):
-        garbage[name][behind] = 1e6
-    garbage["avail_actions"][behind] = False
-    garbage["actions"][padding] = 3
-    garbage["reward"][padding] = 1e6
-    garbage["terminated"][padding] = True
-    noisy_logs, noisy = iterate((*learner()[:-1], batch._replace(**garbage)))
+    assert not batch.mask.all()
+    noisy_logs, noisy = iterate((*learner()[:-1], with_garbage(batch)))
     assert same(logs, noisy_logs)
     assert all(torch.equal(x, y) for x, y in zip(plain, noisy, strict=True))
 
@@ -284,60 +245,6 @@ def test_an_iteration_moves_actor_and_critic_but_not_the_target():
 
 
 # ---- the program ----
-def test_a_run_learns_writes_and_prints(run):
-    flags = "--total-timesteps 4000 --eval-every 1000 --capture-video --actor-lr 0.002 --critic-lr 0.002"
-    code, out, folder = run(*flags.split(), *"--gamma 0.5 --epsilon-steps 2000".split())
-    assert code == 0 and f"run folder {folder}" in out
-    assert folder.name.startswith("toy__coma__1__")
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1000.gif", "4000.gif"}
-    state = checkpoint(folder)
-    assert state["args"] == json.loads((folder / "args.json").read_text())
-    assert state["global_step"] == 4000 and state["iteration"] > 50
-    curves = scalars(folder)
-    names = "episodic_return episodic_length win_rate epsilon SPS train_seconds".split()
-    losses = "critic_loss actor_loss entropy q_taken td_target grad_norm_actor grad_norm_critic".split()
-    tags = {f"charts/{x}" for x in names} | {f"losses/{x}" for x in losses}
-    assert curves.keys() == tags | {f"eval/{x}" for x in names[:3]}
-    assert [step for step, _ in curves["eval/win_rate"]] == [1000, 2000, 3000, 4000]
-    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.7  # of the right digit, which only the first observation shows; 0.25 by chance
-    assert curves["charts/epsilon"][-1][1] == pytest.approx(0.01)
-
-
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run):
-    states = [checkpoint(run(*flags)[2]) for flags in ((), ("--eval-every", "0"), ("--seed", "2"))]
-    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
-    assert equal == [True, False]
-
-
-def test_resume_goes_on_and_restores(run):
-    _, _, folder = run("--seed", "7", "--gamma", "0.5")
-    before = checkpoint(folder)
-    run("--resume", str(folder), "--total-timesteps", "404", env=None, small=False)  # no iteration yet
-    after = checkpoint(folder)
-    assert all(same(after[part], before[part]) for part in (*PARTS, "iteration"))
-    code, _, _ = run("--resume", str(folder), "--total-timesteps", "800", env=None, small=False)
-    after = checkpoint(folder)
-    assert code == 0 and after["global_step"] == 800 and after["iteration"] > before["iteration"] > 0
-    assert after["args"] | {"resume": None, "total_timesteps": 400} == before["args"]
-    assert not same(after["actor"], before["actor"])
-
-
-def test_evaluate_plays_greedily_and_prints_a_line(run):
-    _, _, folder = run()
-    code, out, _ = run("--evaluate", str(folder), env=None, small=False)
-    header, row = (line.split(" | ") for line in out.strip().splitlines()[-2:])
-    assert not code and header == ["run", "step", "episodic_return", "episodic_length", "win_rate"]
-    assert float(row[2]) == pytest.approx(scalars(folder)["eval/episodic_return"][-1][1], abs=1e-3)
-
-
-def test_target_is_copied_every_period(run):
-    state = checkpoint(run("--target-period", "1")[2])
-    assert same(state["critic"], state["critic_target"])
-    early, late = (checkpoint(run("--target-period", "1000", *x)[2]) for x in ((), ("--critic-lr", "0")))
-    assert same(early["critic_target"], late["critic"]) and not same(early["critic"], late["critic"])
-
-
 def test_an_iteration_takes_each_new_episode_once(run):
     """All four games of one step end together, so 6 new episodes are 8, and 4 are 4, one step's."""
     for batch_size, episodes in (("6", 8), ("4", 4)):
@@ -345,38 +252,8 @@ def test_an_iteration_takes_each_new_episode_once(run):
         assert checkpoint(folder)["iteration"] == 400 / episodes
 
 
-def test_one_step_episodes_and_actions_played_by_the_environment(run):
-    env = "cdm,n_agents=2,n_actions=2,guided_share=0.5,guided_steps=100"
-    flags = "--total-timesteps 2000 --actor-lr 0.005 --critic-lr 0.005 --eval-every 2000"
-    code, _, folder = run(*flags.split(), env=env)
-    curves = scalars(folder)
-    assert code == 0 and curves["eval/episodic_return"][-1][1] == 10
-    assert curves["charts/episodic_length"][-1][1] == 1 and "win_rate" not in str(curves.keys())
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--target-period", "0"], "--target-period must be at least 1"),
-        (["--td-lambda", "1.5"], "--td-lambda must be from 0 to 1"),
-        (["--env", "continuous"], "continuous actions"),
-        (["--resume", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    sibling.check_mistake(run(*flags), "coma.py", words)
-
-
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["coma.py", *flags])
-        return coma.parse_args()
-
-    assert parse() == coma.Args()
-    paper = parse("--setting", "paper", "--gamma", "0.5")
-    assert paper == coma.Args(setting="paper", gamma=0.5, **coma.PRESETS["paper"])
-    numbers = (paper.num_envs, paper.batch_size, paper.actor_lr, paper.critic_lr, paper.td_lambda)
-    assert numbers == (8, 8, 5e-4, 5e-4, 0.8)  # authors' code
-    assert (paper.epsilon_start, paper.epsilon_end, paper.epsilon_steps) == (0.5, 0.01, 100_000)
-    assert parse("--env", "CDM,n_agents=3") == coma.Args(env="CDM,n_agents=3", **coma.PRESETS["cdm"])
+def test_numbers_of_the_authors_code(parse):
+    args = parse("--setting", "paper")
+    numbers = (args.num_envs, args.batch_size, args.actor_lr, args.critic_lr, args.td_lambda)
+    assert numbers == (8, 8, 5e-4, 5e-4, 0.8)
+    assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (0.5, 0.01, 100_000)

@@ -1,69 +1,46 @@
 """Deterministic DOP: equations against slow loops and autograd, the theorem on variance, and the program."""
 
 import inspect
-import json
-import sys
-from pathlib import Path
 
 import pytest
-import test_dop_stochastic as sibling
-import test_masql as step
 import torch
-from test_dop_stochastic import checkpoint, same, scalars
-from test_maddpg import A, slow_policy
-from test_masql import HIGH, LOW, OBS, D, N, S, seeded, slow_net
+from programs import (
+    Aim,
+    D,
+    N,
+    action_bounds,
+    checkpoint,
+    for_critics,
+    gradients_of,
+    random_transitions,
+    same,
+    seeded,
+    slow_net,
+    slow_policy,
+)
 from torch import nn
 
 import dop_deterministic as dop
 import dop_stochastic
 import maddpg
 
-run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
-aims, double = step.program, step.double
-PARTS = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
-
-
-@pytest.fixture(autouse=True)
-def program(aims, monkeypatch):
-    """The sibling's fixture `run` runs this program."""
-    monkeypatch.setattr(sibling, "SCRIPT", Path(dop.__file__))
-    monkeypatch.setattr(sibling, "SMALL", [*step.SMALL, "--critic-hidden-dim", "16"])
+OBS, S = Aim.OBS, Aim.S
 
 
 def make_actor(discrete=False, seed=0):
     torch.manual_seed(seed)
-    low, high = torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
+    low, high = action_bounds(discrete)
     return dop.Actor(N, OBS, 8, low.shape[1], low=low, high=high)
 
 
-def learner(discrete=False, B=6, **settings):
+def learner(discrete=False, **settings):
     """The arguments of `update` up to the batch."""
     args = dop.Args(**{"gamma": 0.9, "tau": 0.0} | settings)
     actor, actor_target = make_actor(discrete), make_actor(discrete, seed=1)
     critic, critic_target = (dop.DecomposedCritic(S, N, actor.high.shape[1], 8) for _ in range(2))
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in (actor, critic)]
-    masks, actions = [None] * 2, (LOW + torch.rand(B, N, D) * (HIGH - LOW)).to(torch.get_default_dtype())
-    if discrete:
-        masks = torch.rand(2, B, N, A) < 0.6
-        masks[..., 0] = True
-        actions = masks[0].float().flatten(0, 1).multinomial(1, generator=seeded()).view(B, N)
-    rows = (
-        torch.randn(B, N, OBS),
-        torch.randn(B, S),
-        masks[0],
-        actions,
-        torch.randn(B),
-        torch.arange(B) % 3 == 0,
-    )
-    batch = dop.Batch(*rows, torch.randn(B, N, OBS), torch.randn(B, S), masks[1])
+    batch = random_transitions(dop, discrete)
     return args, actor, critic, actor_target, critic_target, optimizers, batch
-
-
-def gradients_of(monkeypatch, parts):
-    """Logs, then loss and gradients of the critic and of the actor, without any step."""
-    with monkeypatch.context() as patch:
-        seen = step.catch_gradients(patch, dop)
-        return dop.update(*parts, seeded(), train_actor=True), *seen
 
 
 def total(critic, state, actions):
@@ -115,7 +92,9 @@ def test_update_equals_a_loop_over_transitions_and_agents(double, monkeypatch, d
     monkeypatch.setattr(dop, "gumbel_softmax", lambda logits, generator: logits.softmax(-1))
     parts = learner(discrete)
     args, actor, critic, actor_target, critic_target, _, batch = parts
-    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, parts)
+    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(
+        monkeypatch, dop, parts, train_actor=True
+    )
 
     def slow_total(network, state, actions):
         """Q_tot, and k of all agents."""
@@ -134,10 +113,7 @@ def test_update_equals_a_loop_over_transitions_and_agents(double, monkeypatch, d
         following = [slow_policy(actor_target, i, batch.next_obs[b, i], next_legal[i])[0] for i in range(N)]
         next_q = slow_total(critic_target, batch.next_state[b], following)[0].item()
         targets.append(batch.reward[b].item() + (0 if batch.terminated[b] else args.gamma * next_q))
-        if discrete:
-            replayed = [torch.eye(A)[a] for a in batch.actions[b]]
-        else:
-            replayed = [(batch.actions[b, i] - LOW[i]) / (HIGH[i] - LOW[i]) * 2 - 1 for i in range(N)]
+        replayed = for_critics(batch.actions[b])
         q_tot, k = slow_total(critic, batch.state[b], replayed)
         q_taken.append(q_tot.item())
         loss = loss + (targets[-1] - q_tot) ** 2 / B
@@ -159,7 +135,7 @@ def test_update_equals_a_loop_over_transitions_and_agents(double, monkeypatch, d
 def test_an_actors_gradient_is_that_of_q_tot_whatever_the_others_do(double, monkeypatch):
     parts = learner()
     _, actor, critic, *_, batch = parts
-    *_, (_, ours) = gradients_of(monkeypatch, parts)
+    *_, (_, ours) = gradients_of(monkeypatch, dop, parts, train_actor=True)
     own = actor(batch.obs, None)
     choices = [own.detach(), dop.encode(actor, batch.actions), *torch.rand(3, *own.shape)]
     for others in choices:
@@ -196,7 +172,10 @@ def test_one_state_for_all_changes_nothing(monkeypatch):
         batch = batch._replace(**equal, next_state=torch.zeros(6, S))
         marked = batch.next_state.clone()
         marked[:, S - 1] = torch.arange(6)
-        rows = [gradients_of(monkeypatch, (*parts, x)) for x in (batch, batch._replace(next_state=marked))]
+        rows = [
+            gradients_of(monkeypatch, dop, (*parts, x), train_actor=True)
+            for x in (batch, batch._replace(next_state=marked))
+        ]
         torch.testing.assert_close(*rows)
 
 
@@ -258,7 +237,7 @@ def test_discrete_policies_learn_from_their_own_samples(monkeypatch):
     monkeypatch.setattr(
         dop.DecomposedCritic, "forward", lambda *x: (asked.append(x[-1].detach()), forward(*x))[1]
     )
-    *_, (_, grads) = gradients_of(monkeypatch, parts)
+    *_, (_, grads) = gradients_of(monkeypatch, dop, parts, train_actor=True)
     batch = parts[-1]
     for actions, legal in zip(
         asked, (batch.next_avail_actions, batch.avail_actions, batch.avail_actions), strict=True
@@ -269,91 +248,16 @@ def test_discrete_policies_learn_from_their_own_samples(monkeypatch):
 
 
 # ---- the program ----
-def test_a_run_learns_writes_and_prints(run):
-    settings = "--total-timesteps 3200 --eval-every 1600 --update-every 2 --gamma 0 --actor-lr 0.001"
-    settings += " --critic-lr 0.003 --critic-hidden-dim 32 --capture-video"
-    code, out, folder = run(*settings.split(), env="aim")
-    assert (
-        code == 0 and f"run folder {folder}" in out and folder.name.startswith("aim__dop_deterministic__1__")
-    )
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1600.gif", "3200.gif"}
-    state = checkpoint(folder)
-    assert state["args"] == json.loads((folder / "args.json").read_text())
-    assert state["global_step"] == 3200 and state["iteration"] == (3200 - 100) // 2 + 2
-    curves = scalars(folder)
-    charts = "episodic_return episodic_length SPS train_seconds".split()
-    losses = "critic_loss actor_loss q_taken td_target grad_norm_actor grad_norm_critic".split()
-    tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses}
-    assert curves.keys() == tags | {f"eval/{x}" for x in charts[:2]}
-    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.9  # untrained: 0.7
-    step.check_stored()
-
-
-@pytest.mark.parametrize("env", ["aim", "toy"])
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, env):
-    states = [checkpoint(run(*x, env=env)[2]) for x in ((), ("--eval-every", "0"), ("--seed", "2"))]
-    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
-    assert equal == [True, False]
-
-
 def test_actors_and_targets_are_updated_every_policy_delay(run):
     for delay, moved in ((100, False), (38, True)):
-        states = checkpoint(run("--policy-delay", str(delay), env="aim")[2])
+        states = checkpoint(run("--policy-delay", str(delay))[2])
         assert states["iteration"] == 38
         assert same(states["actor"], states["actor_target"]) != moved  # equal at the start
         assert not same(states["critic"], states["critic_target"])
         assert ("step" in str(states["actor_optimizer"]["state"])) == moved
 
 
-def test_games_of_one_step_and_discrete_actions_are_learnt(run):
-    flags = "--total-timesteps 2000 --eval-every 2000 --actor-lr 0.005 --critic-lr 0.005"
-    code, _, folder = run(*flags.split(), env="cdm,n_agents=2,n_actions=3,guided_share=0.3,guided_steps=200")
-    assert code == 0 and scalars(folder)["eval/episodic_return"][-1][1] == 10
-
-
-def test_an_environment_biases_the_untrained_policy(run):
-    biases = [
-        checkpoint(run("--warmup-steps", "500", env=env)[2])["actor"]["biases.2"]
-        for env in ("cdm", "cdm,first_action=0.8")
-    ]
-    shift = biases[1] - biases[0]
-    assert (shift[..., 0] > 3).all() and not shift[..., 1:].any()
-
-
-def test_resume_restores_and_goes_on(run):
-    step.check_resume(run, PARTS)
-
-
-def test_evaluate_plays_without_noise_and_prints_a_line(run):
-    step.check_evaluate(run)
-
-
-def test_ctrl_c_saves_and_nan_stops(run):
-    step.check_stops(run, "dop_deterministic.py")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--env", "boundless"], "boundless has actions without finite bounds"),
-        (["--env", "agregation"], "unknown environment 'agregation': did you mean aggregation"),
-        (["--policy-delay", "0"], "--policy-delay must be at least 1"),
-        (["--noise-sigma", "-1"], "--noise-sigma must be at least 0"),
-        (["--buffer-size", "3"], "--buffer-size must be at least --num-envs, 4"),
-        (["--evaluate", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    sibling.check_mistake(run(*flags, env="aim"), "dop_deterministic.py", words)
-
-
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["dop_deterministic.py", *flags])
-        return dop.parse_args()
-
-    assert parse("--env", "aim") == dop.Args(env="aim")
+def test_numbers_of_the_paper_in_every_task(parse):
     names = "buffer_size batch_size actor_lr critic_lr critic_hidden_dim num_envs update_every".split()
     for setting, numbers in (
         ("paper", [250_000, 1024, 5e-4, 5e-4, 256, 1, 1]),
@@ -362,6 +266,3 @@ def test_presets_lie_between_defaults_and_flags(monkeypatch):
         for env in ("aim", "aggregation", "mill"):
             args = parse("--env", env, "--setting", setting)
             assert [getattr(args, name) for name in names] == numbers
-    for env in ("aggregation", "mill", "cdm"):
-        assert parse("--env", env) == dop.Args(env=env, **dop.PRESETS[env])
-    assert parse("--setting", "appendix", "--batch-size", "64").batch_size == 64

@@ -1,135 +1,19 @@
 """Stochastic DOP around its equations: networks, storage, one iteration, and the program itself."""
 
-import json
-import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gymnasium import spaces
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from programs import A, N, Toy, checkpoint, random_episodes, random_play, same
 
 import dop_stochastic as dop
-import envs
-from envs.base import VecEnv
 
-SCRIPT = Path(dop.__file__)
-N, A, OBS, S, LIMIT = 3, 5, 8, 6, 12
-SMALL = "--num-envs 4 --total-timesteps 400 --eval-every 200 --eval-episodes 6 --off-policy-size 20".split()
-SMALL += (
-    "--on-policy-size 8 --on-policy-batch 4 --off-policy-batch 6 --critic-updates 2 --critic-warmup 2".split()
-)
-
-
-class Toy(VecEnv):
-    """Agents see a digit at first and should play it; action 4 is masked; ends at random or by the clock."""
-
-    def __init__(self, num_envs, device, seed, validate=True, continuous=False, at_step=None):
-        space = spaces.Box(-1, 1, (N, 2), np.float32) if continuous else spaces.MultiDiscrete([A] * N)
-        super().__init__(num_envs, N, OBS, S, LIMIT, space, device, seed, True)
-        self.digit = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
-        self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
-        self.at_step, self.steps, self.evaluates = at_step, 0, seed == dop.EVALUATION_SEED
-
-    def _restart(self, done):
-        digit = torch.randint(1, 4, (self.num_envs,), generator=self.generator)
-        self.digit, self.time = torch.where(done, digit, self.digit), self.time * ~done
-
-    def _advance(self, actions):
-        self.steps += 1
-        reward = (actions == self.digit[:, None]).float().mean(1)  # (B,)
-        if self.steps == 60 and self.at_step == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
-        if self.steps == 3 and self.at_step == "interrupt evaluation" and self.evaluates:
-            os.kill(os.getpid(), signal.SIGINT)
-        if self.steps == 60 and self.at_step == "nan":
-            reward = reward / 0 * 0
-        self.time = self.time + 1
-        over = torch.rand(self.num_envs, generator=self.generator) < 0.1  # (B,)
-        return reward, over, {"battle_won": over & (reward == 1)}
-
-    def _observe(self):
-        obs, state = torch.zeros(self.num_envs, N, OBS), torch.zeros(self.num_envs, S)
-        obs[torch.arange(self.num_envs), :, self.digit] = (self.time == 0).float()[:, None]
-        state[torch.arange(self.num_envs), self.digit] = 1
-        state[:, 5] = self.time / LIMIT
-        avail_actions = torch.ones(self.num_envs, N, A, dtype=torch.bool)
-        avail_actions[:, :, 4] = False
-        return obs, state, avail_actions
-
-    def render(self):
-        return np.full((8, 8, 3), 10 * self.time[0].item(), np.uint8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: a second thread would only wait for the first, for long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def toys(monkeypatch):
-    monkeypatch.setitem(envs._REGISTRY, "toy", (__name__, "Toy", {}))
-    monkeypatch.setitem(envs._REGISTRY, "Toy2", (__name__, "Toy", {}))
-    monkeypatch.setitem(envs._REGISTRY, "continuous", (__name__, "Toy", {"continuous": True}))
-    monkeypatch.setitem(envs._REGISTRY, "interrupt", (__name__, "Toy", {"at_step": "interrupt"}))
-    monkeypatch.setitem(envs._REGISTRY, "interrupt2", (__name__, "Toy", {"at_step": "interrupt evaluation"}))
-    monkeypatch.setitem(envs._REGISTRY, "nan", (__name__, "Toy", {"at_step": "nan"}))
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run the program in this process: flags -> exit code or message, stdout, and its newest run folder."""
-
-    def run(*flags, env="toy", small=True):
-        handler = signal.getsignal(signal.SIGINT)
-        env_flags = ["--env", env] if env else []
-        argv = [SCRIPT.name, *env_flags, *(SMALL if small else ()), "--run-dir", str(tmp_path), *flags]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            with pytest.raises(SystemExit) as leaving:
-                runpy.run_path(str(SCRIPT), run_name="__main__")
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        folders = sorted(tmp_path.glob("*__*"), key=lambda folder: folder.stat().st_mtime)
-        return leaving.value.code, capsys.readouterr().out, folders[-1] if folders else None
-
-    return run
-
-
-def checkpoint(folder):
-    return torch.load(folder / "model.pt", weights_only=True)
-
-
-def scalars(folder):
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(x.step, x.value) for x in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def check_mistake(outcome, script, words):
-    """One sentence from the script and no run folder; sys.exit(str) prints it to stderr and exits with 1."""
-    code, _, folder = outcome
-    assert isinstance(code, str) and code.startswith(f"{script}: ") and words in code
-    assert "\n" not in code and folder is None
-
-
-def same(x, y):
-    """Whether two checkpoints or parts of them hold the same numbers."""
-    if isinstance(x, dict):
-        return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
-    if isinstance(x, (list, tuple)):
-        return len(x) == len(y) and all(map(same, x, y))
-    return torch.equal(x, y) if torch.is_tensor(x) else x == y
+SCRIPT, OBS, S = Path(dop.__file__), Toy.OBS, Toy.S
 
 
 # ---- networks ----
@@ -208,34 +92,6 @@ def test_a_million_actions_of_an_actor_are_all_legal():
 
 
 # ---- storage ----
-def random_play(capacity=5, games=3, steps=200, limit=9, seed=0):
-    """A buffer fed with numbered steps of games that end by themselves, and the episodes as plain lists."""
-    rng = np.random.default_rng(seed)
-    buffer = dop.EpisodeBuffer(capacity, games, limit, N, OBS, S, A, "cpu")
-    for name in ("obs", "state", "reward"):
-        buffer.steps[name].fill_(float("nan"))
-    open_episodes, episodes, number = [[] for _ in range(games)], [], 0
-    for _ in range(steps):
-        number += 1
-        names = {"obs": (N, OBS), "state": (S,), "avail_actions": (N, A), "actions": (N,), "reward": ()}
-        step = {name: torch.tensor(rng.integers(0, 2, (games, *shape))) for name, shape in names.items()}
-        step["reward"] = torch.arange(games) / 100 + number
-        step["avail_actions"] = step["avail_actions"].bool()
-        step["obs"], step["state"] = step["obs"].float(), step["state"].float()
-        length = torch.tensor([len(x) + 1 for x in open_episodes])
-        step["terminated"] = torch.tensor(rng.random(games) < 0.2)
-        done = step["terminated"] | (length >= limit)
-        info = {f"final_{name}": 1 - step[name].float() for name in ("obs", "state", "avail_actions")}
-        buffer.add(step, info, done.nonzero().squeeze(1))
-        for game in range(games):
-            open_episodes[game].append({name: value[game] for name, value in step.items()})
-        for game in done.nonzero().flatten().tolist():
-            final = {name.removeprefix("final_"): value[game] for name, value in info.items()}
-            episodes.append((open_episodes[game], final))
-            open_episodes[game] = []
-    return buffer, episodes
-
-
 def test_buffer_returns_the_latest_episodes_as_they_were_played():
     buffer, episodes = random_play()
     assert buffer.n_episodes == len(episodes) > 3 * 5  # so the ring went around several times
@@ -284,12 +140,8 @@ def learner(seed=0, **settings):
     actor = dop.Actor(OBS, N, A, 16)
     critic, critic_target = (dop.DecomposedCritic(S, N, A, 16, False, False) for _ in range(2))
     optimizers = [torch.optim.RMSprop(x.parameters(), lr=1e-3) for x in (actor, critic)]
-    buffer, _ = random_play(capacity=20)
     draws = [(3, 8), (4, 20)][: 1 if args.tree_backup == "none" else 2]
-    batch = buffer.sample(draws, torch.Generator().manual_seed(seed))
-    avail_actions = batch.avail_actions.clone()
-    avail_actions[..., :2] = True
-    return args, actor, critic, critic_target, optimizers, batch._replace(avail_actions=avail_actions)
+    return args, actor, critic, critic_target, optimizers, random_episodes(draws, seed=seed)
 
 
 def iterate(parts, train_actor=True, epsilon=0.3):
@@ -385,97 +237,13 @@ def test_both_actor_gradients_agree_on_average(monkeypatch):
 
 
 # ---- the program ----
-def test_a_run_learns_writes_and_prints(run):
-    flags = "--total-timesteps 4000 --eval-every 1000 --capture-video --actor-lr 0.002 --critic-lr 0.002"
-    code, out, folder = run(*flags.split())
-    assert code == 0
-    assert folder.name.startswith("toy__dop_stochastic__1__")
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1000.gif", "4000.gif"}
-    assert not list(folder.glob("*.tmp"))
-    settings = json.loads((folder / "args.json").read_text())
-    assert settings["env"] == "toy" and settings["num_envs"] == 4 and f"run folder {folder}" in out
-    state = checkpoint(folder)
-    assert state["args"] == settings and state["global_step"] == 4000 and state["iteration"] > 50
-    curves = scalars(folder)
-    names = "episodic_return episodic_length win_rate epsilon SPS train_seconds".split()
-    losses = "critic_loss actor_loss entropy q_taken td_target grad_norm_actor grad_norm_critic".split()
-    tags = {f"charts/{name}" for name in names} | {f"losses/{name}" for name in losses}
-    assert curves.keys() == tags | {f"eval/{name}" for name in names[:3]}
-    assert [step for step, _ in curves["eval/win_rate"]] == [1000, 2000, 3000, 4000]
-    assert curves["eval/episodic_return"][-1] == curves["eval/episodic_length"][-1]  # always the right digit
-    assert curves["charts/epsilon"][-1][1] == pytest.approx(0.5 - 0.45 * 3996 / 50_000)
-
-
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run):
-    states = [checkpoint(run(*flags)[2]) for flags in ((), (), ("--eval-every", "0"), ("--seed", "2"))]
-    parts = ("actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer", "rng")
-    equal = [all(same(states[0][part], state[part]) for part in parts) for state in states[1:]]
-    assert equal == [True, True, False]
-
-
-def test_resume_goes_on_in_the_same_folder(run):
-    _, _, folder = run("--seed", "7", "--tb-lambda", "0.5")
-    before = checkpoint(folder)
-    code, _, after_folder = run("--resume", str(folder), "--total-timesteps", "800", env=None, small=False)
-    after = checkpoint(folder)
-    assert code == 0 and after_folder == folder
-    assert after["global_step"] == 800 and after["iteration"] > before["iteration"] > 0
-    assert after["train_seconds"] > before["train_seconds"] > 0
-    assert after["args"] | {"resume": None, "total_timesteps": 400} == before["args"]
-    steps = [step for step, _ in scalars(folder)["charts/epsilon"]]
-    assert steps == sorted(steps) and steps[0] <= 400 and steps[-1] == 800
-    assert not same(after["actor"], before["actor"])
-
-
-def test_resume_restores_networks_optimisers_and_random_numbers(run):
-    _, _, folder = run()
-    before = checkpoint(folder)
-    assert "raise --total-timesteps" in run("--resume", str(folder), env=None, small=False)[0]
-    assert same(checkpoint(folder), before)
-    run(
-        "--resume", str(folder), "--total-timesteps", "404", env=None, small=False
-    )  # one step, no iteration yet
-    after = checkpoint(folder)
-    for part in ("actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer", "iteration"):
-        assert same(after[part], before[part])
-    assert not same(after["rng"], before["rng"])
-
-
-def test_evaluate_plays_greedily_and_prints_a_line(run):
-    _, _, folder = run()
-    before = (folder / "model.pt").stat().st_mtime
-    lines = []
-    for _ in range(2):
-        code, out, _ = run("--evaluate", str(folder), "--capture-video", env=None, small=False)
-        assert not code
-        lines.append(out.strip().splitlines()[-2:])
-    assert lines[0] == lines[1]
-    header, row = (line.split(" | ") for line in lines[0])
-    assert header == ["run", "step", "episodic_return", "episodic_length", "win_rate"]
-    assert row[:2] == [str(folder), "400"]
-    assert float(row[2]) == pytest.approx(scalars(folder)["eval/episodic_return"][-1][1], abs=1e-3)
-    assert (folder / "evaluate.gif").stat().st_size and (folder / "model.pt").stat().st_mtime == before
-
-
-def test_ctrl_c_saves_and_leaves(run):
-    code, _, folder = run("--total-timesteps", "4000", env="interrupt")
-    assert code == 130
-    assert checkpoint(folder)["global_step"] == 60 * 4
-
-
-def test_ctrl_c_during_an_evaluation_saves_and_leaves(run):
-    code, _, folder = run("--total-timesteps", "4000", "--eval-every", "200", env="interrupt2")
-    assert code == 130
-    assert checkpoint(folder)["global_step"] == 200
-
-
 def test_random_numbers_of_another_kind_of_device_are_left_alone(run):
     _, _, folder = run()
     state = checkpoint(folder)
     state["rng"] = [torch.zeros(16, dtype=torch.uint8)] * 2  # the size of a CUDA generator's state
     torch.save(state, folder / "model.pt")
-    assert run("--evaluate", str(folder), env=None, small=False)[0] in (None, 0)
-    assert run("--resume", str(folder), "--total-timesteps", "800", env=None, small=False)[0] == 0
+    assert run("--evaluate", folder, env=None)[0] in (None, 0)
+    assert run("--resume", folder, "--total-timesteps", "800", env=None)[0] == 0
 
 
 def test_exit_codes_of_the_real_program(tmp_path):
@@ -495,72 +263,30 @@ def test_exit_codes_of_the_real_program(tmp_path):
     assert wrong.stderr.startswith("dop_stochastic.py: --num-envs") and wrong.stderr.count("\n") == 1
 
 
-def test_nan_stops_the_run_with_step_and_name(run):
-    code, _, folder = run("--total-timesteps", "4000", env="nan")
-    assert code.startswith("dop_stochastic.py: ") and "is nan at step 1000" in code and "loss" in code
-    assert not (folder / "model.pt").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--env", "mmmm"], "unknown environment 'mmmm'"),
-        (["--num-envs", "0"], "--num-envs must be at least 1"),
-        (["--critic-updates", "0"], "--critic-updates must be at least 1"),
-        (["--total-timesteps", "-5"], "--total-timesteps must be at least 1"),
-        (["--eval-every", "-1"], "--eval-every must be at least 0"),
-        (["--critic-lr", "-0.1"], "--critic-lr must be from 0"),
-        (["--gamma", "1.5"], "--gamma must be from 0 to 1"),
-        (["--kappa", "nan"], "--kappa must be from 0 to 1"),
-        (["--on-policy-batch", "9"], "a batch is larger than its buffer"),
-        (["--on-policy-size", "50", "--off-policy-size", "40"], "less than --on-policy-size"),
-        (["--env", "continuous"], "continuous actions"),
-        (["--resume", "nowhere"], "nowhere is no run folder"),
-        (["--evaluate", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    check_mistake(run(*flags), "dop_stochastic.py", words)
-
-
 def test_broken_and_foreign_checkpoints_get_one_sentence(run):
     _, _, folder = run()
 
-    def message(*flags, env=None):
-        code, _, _ = run(*flags, env=env, small=False)
+    def message(*flags):
+        code, _, _ = run(*flags, env=None)
         assert isinstance(code, str) and code.startswith("dop_stochastic.py: ") and "\n" not in code
         return code
 
-    assert "has the env toy, which cannot become Toy2" in message("--resume", str(folder), env="Toy2")
-    assert "has the env toy, which cannot become Toy2" in message("--evaluate", str(folder), env="Toy2")
-    assert "has the setting default, which cannot" in message("--resume", str(folder), "--setting", "paper")
-    assert "is broken or does not fit these settings" in message(
-        "--resume", str(folder), "--separate-critics"
-    )
+    for flag in ("--resume", "--evaluate"):
+        assert "has the env toy, which cannot become Toy2" in message(flag, folder, "--env", "Toy2")
+    assert "has the setting default, which cannot" in message("--resume", folder, "--setting", "paper")
+    assert "is broken or does not fit these settings" in message("--resume", folder, "--separate-critics")
     whole = (folder / "model.pt").read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (folder / "model.pt").write_bytes(broken)
-        assert "is broken or does not fit these settings" in message("--resume", str(folder))
+        assert "is broken or does not fit these settings" in message("--resume", folder)
     (folder / "model.pt").unlink()
-    assert "has no model.pt" in message("--evaluate", str(folder))
+    assert "has no model.pt" in message("--evaluate", folder)
     (folder / "args.json").write_text('{"env": "toy", "alpha": 1}')
-    assert "no run folder of this algorithm" in message("--resume", str(folder))
+    assert "no run folder of this algorithm" in message("--resume", folder)
 
 
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["dop_stochastic.py", *flags])
-        return dop.parse_args()
-
-    assert parse() == dop.Args()
-    paper = parse("--setting", "paper")
-    assert paper == dop.Args(setting="paper", **dop.PRESETS["paper"])
-    numbers = (paper.num_envs, paper.critic_lr, paper.actor_lr, paper.epsilon_start, paper.epsilon_steps)
+def test_numbers_of_the_paper(parse):
+    args = parse("--setting", "paper")
+    numbers = (args.num_envs, args.critic_lr, args.actor_lr, args.epsilon_start, args.epsilon_steps)
     assert numbers == (4, 1e-4, 5e-4, 1.0, 500_000)  # Appendix G.1 of [DOP]
-    flags = parse("--num-envs", "16", "--setting", "paper", "--no-separate-critics")
-    assert flags == dop.Args(
-        setting="paper", **dop.PRESETS["paper"] | {"num_envs": 16, "separate_critics": False}
-    )
-    monkeypatch.setitem(dop.PRESETS, "toy", {"num_envs": 3, "gamma": 0.9})
-    both = parse("--env", "TOY", "--setting", "paper", "--gamma", "0.8")
-    assert (both.num_envs, both.gamma, both.critic_lr) == (3, 0.8, 1e-4)
+    assert args.separate_critics and not parse("--setting", "paper", "--no-separate-critics").separate_critics

@@ -2,38 +2,37 @@
 
 import inspect
 import itertools
-import json
-import sys
-from pathlib import Path
 
 import pytest
-import test_dop_stochastic as sibling
-import test_masql as step
 import torch
-from test_dop_stochastic import checkpoint, same, scalars
-from test_maddpg import A
-from test_masql import HIGH, LOW, OBS, D, N, S, rand, seeded, slow_net
+from programs import (
+    HIGH,
+    LOW,
+    A,
+    Aim,
+    D,
+    N,
+    action_bounds,
+    checkpoint,
+    for_critics,
+    gradients_of,
+    rand,
+    random_transitions,
+    same,
+    seeded,
+    slow_net,
+)
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import maac
 import maddpg
 
-run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
-aims, double = step.program, step.double
-PARTS = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
-HEADS, H = 2, 8
-
-
-@pytest.fixture(autouse=True)
-def program(aims, monkeypatch):
-    """The sibling's fixture `run` runs this program."""
-    monkeypatch.setattr(sibling, "SCRIPT", Path(maac.__file__))
-    monkeypatch.setattr(sibling, "SMALL", [*step.SMALL, "--critic-dim", "16"])
+OBS, HEADS, H = Aim.OBS, 2, 8
 
 
 def make_actor(discrete=False, seed=0):
     torch.manual_seed(seed)
-    low, high = torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
+    low, high = action_bounds(discrete)
     return maac.Actor(N, OBS, 8, A if discrete else 2 * D, low=low, high=high)
 
 
@@ -41,28 +40,14 @@ def make_critic(discrete, n_agents=N):
     return maac.AttentionCritic(n_agents, OBS, A if discrete else D, H, HEADS, discrete)
 
 
-def learner(discrete=False, B=6, **settings):
+def learner(discrete=False, **settings):
     """The arguments of `update` up to the batch."""
     numbers = dict(gamma=0.9, tau=0.0, alpha=0.3, attention_penalty=0.2, logit_penalty=0.1)
     actor, actor_target = make_actor(discrete), make_actor(discrete, seed=1)
     critic, critic_target = make_critic(discrete), make_critic(discrete)
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in (actor, critic)]
-    masks, actions = [None] * 2, (LOW + torch.rand(B, N, D) * (HIGH - LOW)).to(torch.get_default_dtype())
-    if discrete:
-        masks = torch.rand(2, B, N, A) < 0.6
-        masks[..., 0] = True
-        actions = masks[0].float().flatten(0, 1).multinomial(1, generator=seeded()).view(B, N)
-    rows = torch.randn(B, N, OBS), torch.randn(B, S), masks[0], actions, torch.randn(B)
-    rows += torch.arange(B) % 3 == 0, torch.randn(B, N, OBS), torch.randn(B, S), masks[1]
-    args = maac.Args(**numbers | settings)
-    return args, actor, critic, actor_target, critic_target, optimizers, maac.Batch(*rows)
-
-
-def gradients_of(monkeypatch, parts):
-    """Logs, then loss and gradients of the critics and of the policies, without any step."""
-    with monkeypatch.context() as patch:
-        seen = step.catch_gradients(patch, maac)
-        return maac.update(*parts, seeded()), *seen
+    args, batch = maac.Args(**numbers | settings), random_transitions(maac, discrete)
+    return args, actor, critic, actor_target, critic_target, optimizers, batch
 
 
 # ---- attention ----
@@ -209,7 +194,7 @@ def test_code_that_is_anothers_is_tested_there():
 def test_update_equals_a_loop_over_transitions_and_agents(double, monkeypatch, discrete):
     parts = learner(discrete)
     args, actor, critic, actor_target, critic_target, _, batch = parts
-    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, parts)
+    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, maac, parts)
     sample, generator = maac.sample_categorical if discrete else maac.sample_squashed, seeded()
     following, next_log_pi = sample(actor_target(batch.next_obs, batch.next_avail_actions), generator)
     played, log_pi = sample(actor(batch.obs, batch.avail_actions), generator)
@@ -220,10 +205,7 @@ def test_update_equals_a_loop_over_transitions_and_agents(double, monkeypatch, d
     B, targets, loss, penalty, objective = len(batch.obs), [], 0, 0, 0
     for b in range(B):
         next_values, _ = slow_critic(critic_target, batch.next_obs[b], following[b])
-        if discrete:
-            replayed = [torch.eye(A)[a] for a in batch.actions[b]]
-        else:
-            replayed = [(batch.actions[b, i] - LOW[i]) / (HIGH[i] - LOW[i]) * 2 - 1 for i in range(N)]
+        replayed = for_critics(batch.actions[b])
         values, squares = slow_critic(critic, batch.obs[b], replayed)
         current, _ = slow_critic(critic, batch.obs[b], played[b].detach(), played[b])
         penalty = penalty + args.attention_penalty * squares / (B * (N - 1))
@@ -268,7 +250,7 @@ def test_one_observation_for_all_changes_nothing(double, monkeypatch, discrete):
     batch = batch._replace(obs=batch.obs[:1].expand(6, -1, -1), next_obs=batch.next_obs[:1].repeat(6, 1, 1))
     marked = batch.next_obs.clone()
     marked[..., OBS - 1] += torch.arange(6)[:, None]
-    rows = [gradients_of(monkeypatch, (*parts, x)) for x in (batch, batch._replace(next_obs=marked))]
+    rows = [gradients_of(monkeypatch, maac, (*parts, x)) for x in (batch, batch._replace(next_obs=marked))]
     torch.testing.assert_close(*rows)
 
 
@@ -293,106 +275,22 @@ def test_each_gradient_is_clipped_at_its_own_norm(monkeypatch):
 
 
 # ---- the program ----
-def test_a_run_learns_writes_and_prints(run):
-    settings = "--total-timesteps 2400 --eval-every 1200 --update-every 4 --gamma 0 --actor-lr 0.005"
-    settings += " --critic-lr 0.01 --capture-video"
-    code, out, folder = run(*settings.split(), env="aim")
-    assert code == 0 and f"run folder {folder}" in out and folder.name.startswith("aim__maac__1__")
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1200.gif", "2400.gif"}
-    state = checkpoint(folder)
-    assert state["args"] == json.loads((folder / "args.json").read_text())
-    assert state["global_step"] == 2400 and state["iteration"] == (2400 - 100) // 4 + 1
-    assert not any(same(state[x], state[f"{x}_target"]) for x in ("actor", "critic"))
-    curves = scalars(folder)
-    charts = "episodic_return episodic_length SPS train_seconds".split()
-    losses = "critic_loss actor_loss q_taken td_target entropy grad_norm_actor grad_norm_critic".split()
-    tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses}
-    assert curves.keys() == tags | {f"eval/{x}" for x in charts[:2]}
-    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.85  # untrained: 0.7
-    step.check_stored()
-
-
-@pytest.mark.parametrize("env", ["aim", "toy"])
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, env):
-    states = [checkpoint(run(*x, env=env)[2]) for x in ((), ("--eval-every", "0"), ("--seed", "2"))]
-    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
-    assert equal == [True, False]
-
-
-def test_discrete_actions_and_games_of_one_step_are_learnt(run):
-    flags = "--total-timesteps 2000 --eval-every 2000 --actor-lr 0.005 --critic-lr 0.005"
-    code, _, folder = run(*flags.split(), env="cdm,n_agents=2,n_actions=3,guided_share=0.3,guided_steps=200")
-    assert code == 0 and scalars(folder)["eval/episodic_return"][-1][1] == 10
-
-
 def test_a_lone_agent_in_a_lone_game_learns(run):
     assert run("--num-envs", "1", "--total-timesteps", "200", env="cdm,n_agents=1")[0] == 0
 
 
-def test_an_environment_biases_the_untrained_policy(run):
-    biases = [
-        checkpoint(run("--warmup-steps", "500", env=env)[2])["actor"]["biases.2"]
-        for env in ("cdm", "cdm,first_action=0.8")
-    ]
-    shift = biases[1] - biases[0]
-    assert (shift[..., 0] > 3).all() and not shift[..., 1:].any()
-
-
 def test_settings_reach_networks_and_optimisers_and_targets_start_as_copies(run):
     flags = "--warmup-steps 500 --critic-dim 24 --heads 2 --actor-lr 0.002 --critic-lr 0.003"
-    state = checkpoint(run(*flags.split(), "--critic-weight-decay", "0.004", env="aim")[2])
-    assert step.Aim.program["critic"].heads == 2 and state["critic"]["query.weight"].shape == (24, 24)
+    state = checkpoint(run(*flags.split(), "--critic-weight-decay", "0.004")[2])
+    assert Aim.program["critic"].heads == 2 and state["critic"]["query.weight"].shape == (24, 24)
     for name, lr, weight_decay in (("actor", 2e-3, 0), ("critic", 3e-3, 4e-3)):
         (group,) = state[f"{name}_optimizer"]["param_groups"]
         assert (group["lr"], group["weight_decay"]) == (lr, weight_decay)
         assert same(state[name], state[f"{name}_target"])
 
 
-def test_resume_restores_and_goes_on(run):
-    step.check_resume(run, PARTS)
-
-
-def test_evaluate_plays_without_noise_and_prints_a_line(run):
-    step.check_evaluate(run)
-
-
-def test_ctrl_c_saves_and_nan_stops(run):
-    step.check_stops(run, "maac.py")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--env", "boundless"], "boundless has actions without finite bounds"),
-        (["--env", "mil"], "unknown environment 'mil': did you mean mill"),
-        (["--alpha", "-1"], "--alpha must be at least 0"),
-        (["--heads", "3"], "--critic-dim must be a multiple of --heads, 3, got 16"),
-        (["--buffer-size", "3"], "--buffer-size must be at least --num-envs, 4"),
-        (["--evaluate", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    sibling.check_mistake(run(*flags, env="aim"), "maac.py", words)
-
-
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["maac.py", *flags])
-        return maac.parse_args()
-
+def test_numbers_of_the_official_code(parse):
     args = parse("--env", "aim")
-    assert args == maac.Args(env="aim")
-    numbers = (
-        args.actor_lr,
-        args.critic_lr,
-        args.tau,
-        args.gamma,
-        args.alpha,
-        args.batch_size,
-        args.update_every,
-    )
-    assert numbers == (1e-3, 1e-3, 1e-3, 0.99, 0.01, 1024, 25)  # official code
-    for env, preset in maac.PRESETS.items():
-        assert parse("--env", env) == maac.Args(env=env, **preset)
-    assert parse("--env", "MILL", "--batch-size", "64").batch_size == 64
+    numbers = (args.actor_lr, args.critic_lr, args.tau, args.gamma, args.alpha)
+    assert numbers == (1e-3, 1e-3, 1e-3, 0.99, 0.01)
+    assert (args.batch_size, args.update_every) == (1024, 25)

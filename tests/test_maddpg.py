@@ -1,36 +1,37 @@
 """MADDPG: equations against slow loops from the papers, exploration, one update, and the program."""
 
 import itertools
-import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
-import test_dop_stochastic as sibling
-import test_masql as step
 import torch
-from test_dop_stochastic import checkpoint, same, scalars
-from test_masql import HIGH, LOW, OBS, SMALL, Aim, D, N, S, rand, seeded, slow_net
+from programs import (
+    HIGH,
+    LOW,
+    A,
+    Aim,
+    D,
+    N,
+    action_bounds,
+    checkpoint,
+    for_critics,
+    gradients_of,
+    rand,
+    random_transitions,
+    same,
+    seeded,
+    slow_net,
+    slow_policy,
+)
 
 import maddpg
 
-run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
-aims, double = step.program, step.double
-A = 5
-PARTS = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
-
-
-@pytest.fixture(autouse=True)
-def program(aims, monkeypatch):
-    """The sibling's fixture `run` runs this program."""
-    monkeypatch.setattr(sibling, "SCRIPT", Path(maddpg.__file__))
-    monkeypatch.setattr(sibling, "SMALL", SMALL)
+OBS, S = Aim.OBS, Aim.S
 
 
 def make_actor(discrete=False, seed=0):
     torch.manual_seed(seed)
-    low, high = torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
+    low, high = action_bounds(discrete)
     return maddpg.Actor(N, OBS, 8, low.shape[1], low=low, high=high, final_init=0.0)
 
 
@@ -107,40 +108,16 @@ def test_uniform_actions_fill_the_bounds_and_discrete_ones_the_legal_actions():
 
 
 # ---- one update ----
-def learner(discrete=False, team_reward=False, B=6, **settings):
+def learner(discrete=False, team_reward=False, **settings):
     """The arguments of `update` up to the batch; a critic per agent gets a reward per agent, unless told."""
     args = maddpg.Args(**{"gamma": 0.9, "reward_scale": 0.5, "tau": 0.0, "logit_penalty": 0.1} | settings)
     actor, actor_target = make_actor(discrete), make_actor(discrete, seed=1)
     sizes = (N if args.critic_per_agent else 1, S + actor.high.numel(), 8, 1)
     critic, critic_target = maddpg.Critic(*sizes), maddpg.Critic(*sizes)
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in (actor, critic)]
-    masks, actions = [None] * 2, (LOW + torch.rand(B, N, D) * (HIGH - LOW)).to(torch.get_default_dtype())
-    if discrete:
-        masks = torch.rand(2, B, N, A) < 0.6
-        masks[..., 0] = True
-        actions = masks[0].float().flatten(0, 1).multinomial(1, generator=seeded()).view(B, N)
-    reward = torch.randn(B, N) if args.critic_per_agent and not team_reward else torch.randn(B)
-    rows = torch.randn(B, N, OBS), torch.randn(B, S), masks[0], actions, reward, torch.arange(B) % 3 == 0
-    batch = maddpg.Batch(*rows, torch.randn(B, N, OBS), torch.randn(B, S), masks[1])
+    reward_shape = (6, N) if args.critic_per_agent and not team_reward else (6,)
+    batch = random_transitions(maddpg, discrete, reward_shape)
     return args, actor, critic, actor_target, critic_target, optimizers, batch
-
-
-def gradients_of(monkeypatch, parts):
-    """Logs, then loss and gradients of the critic and of the actor, without any step."""
-    with monkeypatch.context() as patch:
-        seen = step.catch_gradients(patch, maddpg)
-        return maddpg.update(*parts, seeded()), *seen
-
-
-def slow_policy(network, i, obs, avail_actions):
-    """Agent i's action in -1..1, or its softmax over legal actions; also its legal logits."""
-    x = slow_net(network, i, obs)
-    return (x.tanh(), None) if avail_actions is None else (soft(x, avail_actions), x[avail_actions])
-
-
-def soft(logits, avail_actions):
-    p = logits.exp() * avail_actions
-    return p / p.sum()
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -153,7 +130,7 @@ def test_update_equals_a_loop_over_transitions_and_agents(
     monkeypatch.setattr(maddpg, "gumbel_softmax", lambda logits, generator: logits.softmax(-1))
     parts = learner(discrete, team_reward, critic_per_agent=per_agent, others_actions=others)
     args, actor, critic, actor_target, critic_target, _, batch = parts
-    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, parts)
+    logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, maddpg, parts)
     B, weights, targets = len(batch.obs), list(actor.parameters()), []
     loss, objective, ascent = 0, 0, [torch.zeros_like(x) for x in weights]
     for b in range(B):
@@ -161,10 +138,7 @@ def test_update_equals_a_loop_over_transitions_and_agents(
             [None] * N if x is None else x[b] for x in (batch.avail_actions, batch.next_avail_actions)
         )
         next_joint = [slow_policy(actor_target, j, batch.next_obs[b, j], next_legal[j])[0] for j in range(N)]
-        if discrete:
-            replayed = [torch.eye(A)[a] for a in batch.actions[b]]
-        else:
-            replayed = [(batch.actions[b, j] - LOW[j]) / (HIGH[j] - LOW[j]) * 2 - 1 for j in range(N)]
+        replayed = for_critics(batch.actions[b])
         for g in range(critic.groups):
             reward = args.reward_scale * (batch.reward[b, g] if batch.reward.dim() == 2 else batch.reward[b])
             next_q = slow_net(critic_target, g, batch.next_state[b], *next_joint).detach()[0]
@@ -205,7 +179,7 @@ def test_an_agents_critic_value_moves_its_own_parameters_only(per_agent, current
 def test_whose_actions_enter_changes_the_actors_gradient_and_nothing_else(monkeypatch, discrete):
     results = []
     for others in ("replayed", "current"):
-        _, critic, actor = gradients_of(monkeypatch, learner(discrete, others_actions=others))
+        _, critic, actor = gradients_of(monkeypatch, maddpg, learner(discrete, others_actions=others))
         results.append((critic, actor))
     assert same(results[0][0], results[1][0]) and not same(results[0][1], results[1][1])
     if not discrete:  # the replay holds the current actions: no difference
@@ -213,7 +187,7 @@ def test_whose_actions_enter_changes_the_actors_gradient_and_nothing_else(monkey
         for others in ("replayed", "current"):
             *parts, batch = learner(others_actions=others)
             played, _ = maddpg.act(parts[1], batch.obs, None)
-            results.append(gradients_of(monkeypatch, (*parts, batch._replace(actions=played)))[2][1])
+            results.append(gradients_of(monkeypatch, maddpg, (*parts, batch._replace(actions=played)))[2][1])
         torch.testing.assert_close(*results)
 
 
@@ -225,7 +199,9 @@ def test_one_state_for_all_changes_nothing(monkeypatch):
     batch = batch._replace(**equal, state=batch.state[:1].expand(6, -1), next_state=torch.zeros(6, S))
     marked = batch.next_state.clone()
     marked[:, S - 1] = torch.arange(6)
-    rows = [gradients_of(monkeypatch, (*parts, x)) for x in (batch, batch._replace(next_state=marked))]
+    rows = [
+        gradients_of(monkeypatch, maddpg, (*parts, x)) for x in (batch, batch._replace(next_state=marked))
+    ]
     torch.testing.assert_close(*rows)
 
 
@@ -242,45 +218,13 @@ def test_update_moves_networks_and_targets():
 
 
 # ---- the program ----
-@pytest.mark.parametrize("flags", [(), ("--critic-per-agent", "--others-actions", "current")])
-def test_a_run_learns_writes_and_prints(run, flags):
-    settings = "--total-timesteps 3200 --eval-every 1600 --update-every 4 --gamma 0 --actor-lr 0.001"
-    code, out, folder = run(*settings.split(), "--capture-video", *flags, env="aim")
-    assert code == 0 and f"run folder {folder}" in out and folder.name.startswith("aim__maddpg__1__")
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1600.gif", "3200.gif"}
-    state = checkpoint(folder)
-    assert state["args"] == json.loads((folder / "args.json").read_text())
-    assert state["global_step"] == 3200 and state["iteration"] == (3200 - 100) // 4 + 1
-    curves = scalars(folder)
-    charts = "episodic_return episodic_length SPS train_seconds".split()
-    losses = "critic_loss actor_loss q_taken td_target grad_norm_actor grad_norm_critic".split()
-    tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses}
-    assert curves.keys() == tags | {f"eval/{x}" for x in charts[:2]}
-    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.9  # untrained: 0.7
-    step.check_stored(rewards=9 if flags else 4)
-
-
-@pytest.mark.parametrize("env", ["aim", "toy"])
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, env):
-    states = [checkpoint(run(*x, env=env)[2]) for x in ((), ("--eval-every", "0"), ("--seed", "2"))]
-    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
-    assert equal == [True, False]
-
-
-def test_discrete_actions_are_learnt(run):
-    flags = "--total-timesteps 2000 --eval-every 2000 --noise-sigma 0 --actor-lr 0.005"
-    code, _, folder = run(*flags.split(), env="cdm,n_agents=2,n_actions=3,guided_share=0.3,guided_steps=200")
-    assert code == 0 and scalars(folder)["eval/episodic_return"][-1][1] == 10
-
-
 def test_a_battle_runs(run):
     code, out, folder = run("--total-timesteps", "320", "--eval-episodes", "2", env="3M")
     assert code == 0 and "win_rate" in out and checkpoint(folder)["iteration"] == (320 - 100) // 8 + 1
 
 
 def test_noise_is_forgotten_where_an_episode_ends(run):
-    run("--num-envs", "64", "--total-timesteps", "640", "--eval-every", "0", env="aim")
+    run("--num-envs", "64", "--total-timesteps", "640", "--eval-every", "0")
     terminated, truncated = (Aim.last.log[-1][x] for x in (5, 10))
     memory = Aim.program["memory"].flatten(1)
     assert torch.equal((memory == 0).all(1), terminated | truncated) and 0 < terminated.sum() < 64
@@ -290,7 +234,7 @@ def test_noise_is_forgotten_where_an_episode_ends(run):
 def test_who_acts_during_the_warmup(run, warmup_actions):
     """Without noise and learning, the untrained policies repeat themselves."""
     flags = f"--noise-sigma 0 --actor-lr 0 --warmup-steps 200 --warmup-actions {warmup_actions}"
-    run(*flags.split(), env="aim")
+    run(*flags.split())
     actor = Aim.program["actor"]
     same_as_policy = [
         torch.allclose(row[3], maddpg.act(actor, row[0], None)[0], atol=1e-5) for row in Aim.last.log
@@ -298,69 +242,24 @@ def test_who_acts_during_the_warmup(run, warmup_actions):
     assert same_as_policy == [warmup_actions == "untrained"] * 50 + [True] * 50
 
 
-def test_an_environment_biases_the_untrained_policy(run):
-    """One update would change it, so none happens."""
-    probabilities, biases = [], []
+def test_an_untrained_policy_plays_the_first_action_as_often_as_the_environment_asks(run):
+    probabilities = []
     for env in ("cdm", "cdm,first_action=0.8"):
         _, _, folder = run("--warmup-steps", "500", env=env)
-        state = checkpoint(folder)
-        assert state["iteration"] == 0 and same(state["actor"], state["actor_target"])
-        biases.append(state["actor"]["biases.2"])
-        torch.manual_seed(0)
-        actor = maddpg.Actor(
-            10, 1, 16, 16, 10, low=torch.zeros(10, 10), high=torch.zeros(10, 10), final_init=0
-        )
-        actor.load_state_dict(state["actor"])
+        zeros = torch.zeros(10, 10)
+        actor = maddpg.Actor(10, 1, 16, 16, 10, low=zeros, high=zeros, final_init=0)
+        actor.load_state_dict(checkpoint(folder)["actor"])
         policy = actor(torch.ones(1, 10, 1), torch.ones(1, 10, 10, dtype=torch.bool)).softmax(-1)[0]
         probabilities.append(policy[:, 0].mean().item())
     assert probabilities == pytest.approx([0.1, 0.8], abs=0.05)
-    expected = torch.tensor([math.log(0.8 / (0.2 / 9))] + [0.0] * 9).expand(10, 1, 10)
-    torch.testing.assert_close(biases[1] - biases[0], expected)
 
 
-def test_resume_restores_and_goes_on(run):
-    step.check_resume(run, PARTS)
-
-
-def test_evaluate_plays_without_noise_and_prints_a_line(run):
-    step.check_evaluate(run)
-
-
-def test_ctrl_c_saves_and_nan_stops(run):
-    step.check_stops(run, "maddpg.py")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--env", "boundless"], "boundless has actions without finite bounds"),
-        (["--env", "quadratik"], "unknown environment 'quadratik': did you mean quadratic"),
-        (["--noise-sigma", "-1"], "--noise-sigma must be at least 0"),
-        (["--noise-theta", "1.5"], "--noise-theta must be from 0 to 1"),
-        (["--tau", "nan"], "--tau must be from 0 to 1"),
-        (["--buffer-size", "3"], "--buffer-size must be at least --num-envs, 4"),
-        (["--evaluate", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    sibling.check_mistake(run(*flags, env="aim"), "maddpg.py", words)
-
-
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["maddpg.py", *flags])
-        return maddpg.parse_args()
-
-    assert parse("--env", "aim") == maddpg.Args(env="aim")
-    paper = parse()
-    assert paper == maddpg.Args(**maddpg.PRESETS["quadratic"])
-    assert (paper.total_timesteps, paper.warmup_steps, paper.reward_scale) == (15_000, 1_000, 0.1)
-    numbers = (paper.actor_lr, paper.critic_lr, paper.critic_weight_decay, paper.gamma, paper.tau)
+def test_numbers_of_the_papers(parse):
+    args = parse()
+    assert (args.total_timesteps, args.warmup_steps, args.reward_scale) == (15_000, 1_000, 0.1)
+    numbers = (args.actor_lr, args.critic_lr, args.critic_weight_decay, args.gamma, args.tau)
     assert numbers == (1e-4, 1e-3, 1e-2, 0.99, 1e-3)  # section 7 of [DDPG]
-    assert (paper.batch_size, paper.noise_theta, paper.noise_sigma) == (64, 0.15, 0.2)
-    flags = parse("--env", "QUADRATIC", "--tau", "0.5", "--noise-theta", "1")
-    own = {"env": "QUADRATIC", "tau": 0.5, "noise_theta": 1.0}
-    assert flags == maddpg.Args(**maddpg.PRESETS["quadratic"] | own)
+    assert (args.batch_size, args.noise_theta, args.noise_sigma) == (64, 0.15, 0.2)
 
 
 @pytest.mark.parametrize(("max_grad_norm", "moved"), [(0.0, 5.0), (1.0, 1.0), (7.0, 5.0)])

@@ -1,125 +1,15 @@
 """MASQL: equations against slow loops from the papers, the samplers, one update, storage and the program."""
 
-import json
 import math
 import statistics
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import test_dop_stochastic as sibling
 import torch
-from gymnasium import spaces
-from test_dop_stochastic import checkpoint, same, scalars
+from programs import HIGH, LOW, Aim, D, J, N, catch_gradients, for_critics, rand, same, seeded, slow_net
 
-import envs
 import masql
-from envs.base import VecEnv
 
-run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
-N, D, OBS, S, LIMIT, J = 3, 2, 4, 5, 5, 6
-SMALL = "--num-envs 4 --total-timesteps 400 --eval-every 200 --eval-episodes 6 --log-every 40".split()
-SMALL += "--warmup-steps 100 --update-every 8 --batch-size 16 --hidden-dim 16".split()
-OWN = "--particles 6 --value-samples 8".split()
-PARTS = ("actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer")
-LOW, HIGH = torch.tensor([[[-1.0, -2.0], [0, 1], [-5, -1]], [[3, -1], [1, 2], [-4, 7]]])  # both (N, D)
-
-
-class Aim(VecEnv):
-    """All see which of 3 goals counts, each has a pair to play there; ends at random or by the clock."""
-
-    def __init__(self, num_envs, device, seed, validate=True, at_step=None, bounded=True):
-        bounds = (LOW.numpy(), HIGH.numpy()) if bounded else (-np.inf, np.inf)
-        space = spaces.Box(*bounds, (N, D), np.float32)
-        super().__init__(num_envs, N, OBS, S, LIMIT, space, device, seed, at_step != "nan")
-        # the pairs of each goal (3, N, D), of -1..1, where the bounds count as -1 and 1
-        pairs = torch.tensor([[0.5, -0.5], [-0.8, 0.3], [0.0, 0.9]])
-        self.targets = torch.tensor([1, -1, 0.5])[:, None, None] * pairs
-        self.goal = self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
-        self.at_step, self.log = at_step, []
-
-    def _restart(self, done):
-        goal = torch.randint(3, (self.num_envs,), generator=self.generator)
-        self.goal, self.time = torch.where(done, goal, self.goal), self.time * ~done
-
-    def _advance(self, actions):
-        scaled = (actions - LOW) / (HIGH - LOW) * 2 - 1
-        rewards = 1 - (scaled - self.targets[self.goal]).square().mean(2)  # (B, N)
-        if len(self.log) == 60 and self.at_step == "interrupt":
-            sibling.os.kill(sibling.os.getpid(), sibling.signal.SIGINT)
-        if len(self.log) >= 60 and self.at_step == "nan":
-            rewards = rewards / 0 * 0
-        self.time = self.time + 1
-        over = torch.rand(self.num_envs, generator=self.generator) < 0.2  # (B,)
-        return rewards.mean(1), over, {"agent_rewards": rewards}
-
-    def _observe(self):
-        one_hot, time = torch.eye(3)[self.goal], (self.time / LIMIT)[:, None]
-        obs = torch.cat([one_hot, time], 1).unsqueeze(1).repeat(1, N, 1)
-        return obs, torch.cat([1 - one_hot, time, -time], 1), None
-
-    def step(self, actions):
-        before = self._obs, self._state, None, actions.clone()
-        result = super().step(actions)
-        info = result[-1]
-        after = info["final_obs"], info["final_state"], None, info["agent_rewards"], result[3]
-        self.log.append((*before, *result[1:3], *after))
-        return result
-
-    def close(self, **_):
-        """The program closes its training games last of all: keep them, and the program's variables."""
-        Aim.last, Aim.program = self, sys._getframe(1).f_globals
-
-    def render(self):
-        return np.zeros((8, 8, 3), np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def program(monkeypatch):
-    """The sibling's fixture `run` runs this program; `aim` and its variants exist."""
-    monkeypatch.setattr(sibling, "SCRIPT", Path(masql.__file__))
-    monkeypatch.setattr(sibling, "SMALL", SMALL + OWN)
-    variants = {"aim": {}, "boundless": {"bounded": False}}
-    variants |= {f"aim_{x}": {"at_step": x} for x in ("interrupt", "nan")}
-    for name, arguments in variants.items():
-        monkeypatch.setitem(envs._REGISTRY, name, (__name__, "Aim", arguments))
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=seeded(seed))
-
-
-def catch_gradients(monkeypatch, module):
-    """Nothing moves any more in `update`; returns a list for the loss and gradients of critic, then actor."""
-    seen = []
-
-    def descend(optimizer, loss, max_grad_norm):
-        parameters = optimizer.param_groups[0]["params"]
-        seen.append((loss.item(), torch.autograd.grad(loss, parameters, retain_graph=True)))
-        return torch.zeros(())
-
-    monkeypatch.setattr(module, "descend", descend)
-    return seen
-
-
-def slow_net(network, group, *x):
-    """One plain perceptron of a network: vectors (n,), which it sees joined -> vector."""
-    x = torch.cat(x)
-    for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-        x = (torch.relu(x) if layer else x) @ weight[group] + bias[group, 0]
-    return x
+OBS, S = Aim.OBS, Aim.S
 
 
 # ---- equations, from the papers ----
@@ -301,8 +191,7 @@ def test_update_equals_a_loop_over_transitions_agents_and_particles(double, monk
         q_values = [slow_net(critic_target, 0, batch.next_state[b], a).item() for a in samples[b]]
         v = 0 if batch.terminated[b] else slow_soft_value(q_values, alpha, 2**J)
         targets.append(args.reward_scale * batch.reward[b].item() + args.gamma * v)
-        scaled = [(batch.actions[b, i] - LOW[i]) / (HIGH[i] - LOW[i]) * 2 - 1 for i in range(N)]
-        error = targets[-1] - slow_net(critic, 0, batch.state[b], *scaled)
+        error = targets[-1] - slow_net(critic, 0, batch.state[b], *for_critics(batch.actions[b]))
         critic_loss = critic_loss + (error**2 / 2 / B).squeeze()
         for i in range(N):
             moved = [slow_net(actor, i, batch.obs[b, i], noise[b, k, i]).tanh() for k in range(2 * K)]
@@ -368,132 +257,10 @@ def test_buffer_keeps_the_latest_rows_together():
     assert batch.avail_actions is None and batch.obs.shape == (300, 2, 2)
 
 
-def check_stored(rewards=4):
-    """The buffer of the latest run holds what its games did; log column `rewards` is the reward."""
-    log, buffer = Aim.last.log, Aim.program["buffer"]
-    assert buffer.n_steps == 4 * len(log) <= buffer.capacity
-    terminated, truncated = (torch.stack([row[x] for row in log]) for x in (5, 10))
-    assert terminated.any() and truncated.any()
-    columns = [0, 1, 2, 3, rewards, 5, 6, 7, 8]
-    for stored, column in zip(buffer.steps, columns, strict=True):
-        if log[0][column] is not None:
-            assert torch.equal(stored[: buffer.n_steps], torch.cat([row[column] for row in log]))
-
-
 # ---- the program ----
-def test_a_run_learns_writes_and_prints(run):
-    flags = "--total-timesteps 3200 --eval-every 1600 --capture-video --actor-lr 0.003 --critic-lr 0.01"
-    flags += " --anneal-start 1200 --anneal-steps 800 --gamma 0 --update-every 4 --hidden-dim 32"
-    code, out, folder = run(*flags.split(), env="aim")
-    assert code == 0 and f"run folder {folder}" in out and folder.name.startswith("aim__masql__1__")
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1600.gif", "3200.gif"}
-    state = checkpoint(folder)
-    assert state["args"] == json.loads((folder / "args.json").read_text())
-    assert state["global_step"] == 3200 and state["iteration"] == (3200 - 100) // 4 + 1
-    curves = scalars(folder)
-    charts = "episodic_return episodic_length alpha SPS train_seconds".split()
-    losses = "critic_loss actor_loss q_taken td_target grad_norm_actor grad_norm_critic".split()
-    tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses}
-    assert curves.keys() == tags | {f"eval/{x}" for x in charts[:2]}
-    alphas = dict(curves["charts/alpha"])
-    assert alphas[1200] == 1 and alphas[3200] == pytest.approx(1e-3)
-    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.9  # untrained: 0.7
-    check_stored()
-
-
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run):
-    states = [checkpoint(run(*x, env="aim")[2]) for x in ((), ("--eval-every", "0"), ("--seed", "2"))]
-    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
-    assert equal == [True, False]
-
-
-def check_resume(run, parts):
-    _, _, folder = run("--seed", "7", "--gamma", "0.5", env="aim")
-    before = checkpoint(folder)
-    assert "raise --total-timesteps" in run("--resume", str(folder), env=None, small=False)[0]
-    run("--resume", str(folder), "--total-timesteps", "404", env=None, small=False)  # no update yet
-    after = checkpoint(folder)
-    assert all(same(after[part], before[part]) for part in (*parts, "iteration"))
-    assert after["global_step"] == 404 and not same(after["rng"], before["rng"])
-    flags = ["--resume", str(folder), "--total-timesteps", "800", "--critic-lr", "0.125"]
-    code, _, _ = run(*flags, env=None, small=False)
-    after = checkpoint(folder)
-    assert code == 0 and after["global_step"] == 800 and after["iteration"] > before["iteration"] > 0
-    old = {"resume": None, "total_timesteps": 400, "critic_lr": before["args"]["critic_lr"]}
-    assert after["args"] | old == before["args"]
-    assert after["critic_optimizer"]["param_groups"][0]["lr"] == 0.125  # a flag, unlike the rest
-    assert not same(after["actor"], before["actor"])
-
-
-def check_evaluate(run):
-    _, _, folder = run(env="aim")
-    code, out, _ = run("--evaluate", str(folder), "--capture-video", env=None, small=False)
-    header, row = (line.split(" | ") for line in out.strip().splitlines()[-2:])
-    assert not code and header == ["run", "step", "episodic_return", "episodic_length"]
-    assert float(row[2]) == pytest.approx(scalars(folder)["eval/episodic_return"][-1][1], abs=1e-3)
-    assert (folder / "evaluate.gif").stat().st_size
-
-
-def check_stops(run, script):
-    code, _, folder = run("--total-timesteps", "4000", env="aim_interrupt")
-    assert code == 130 and checkpoint(folder)["global_step"] == 61 * 4
-    code, _, folder = run("--total-timesteps", "4000", "--log-every", "400", env="aim_nan")
-    assert code.startswith(f"{script}: ") and "is nan at step 400" in code and "\n" not in code
-    assert not (folder / "model.pt").exists()
-
-
-def test_resume_restores_and_goes_on(run):
-    check_resume(run, PARTS)
-
-
-def test_evaluate_plays_without_noise_and_prints_a_line(run):
-    check_evaluate(run)
-
-
-def test_ctrl_c_saves_and_nan_stops(run):
-    check_stops(run, "masql.py")
-
-
-def test_target_is_copied_every_period(run):
-    for period, equal in (("1", True), ("1000", False)):
-        state = checkpoint(run("--target-period", period, env="aim")[2])
-        assert same(state["critic"], state["critic_target"]) == equal
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--env", "toy"], "toy has discrete actions; this algorithm needs continuous ones"),
-        (["--env", "boundless"], "boundless has actions without finite bounds"),
-        (["--env", "quadratik"], "unknown environment 'quadratik': did you mean quadratic"),
-        (["--alpha-start", "-1"], "--alpha-start must be at least 1e-06"),
-        (["--alpha-end", "0"], "--alpha-end must be at least 1e-06"),
-        (["--particles", "1"], "--particles must be at least 2"),
-        (["--buffer-size", "3"], "--buffer-size must be at least --num-envs, 4"),
-        (["--resume", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    sibling.check_mistake(run(*flags, env="aim"), "masql.py", words)
-
-
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["masql.py", *flags])
-        return masql.parse_args()
-
-    assert parse("--env", "aim") == masql.Args(env="aim")
-    paper = parse()
-    assert paper == masql.Args(**masql.PRESETS["quadratic"])
-    numbers = (paper.total_timesteps, paper.warmup_steps, paper.reward_scale, paper.hidden_dim)
+def test_numbers_of_the_paper(parse):
+    args = parse()
+    numbers = (args.total_timesteps, args.warmup_steps, args.reward_scale, args.hidden_dim)
     assert numbers == (15_000, 1_000, 0.1, 100)
-    assert (paper.alpha_start, paper.alpha_end, paper.anneal_start, paper.anneal_steps) == (
-        1,
-        1e-3,
-        10_000,
-        1_500,
-    )
-    flags = parse("--env", "QUADRATIC,bound=5", "--reward-scale", "0.3")
-    own = {"env": "QUADRATIC,bound=5", "reward_scale": 0.3}
-    assert flags == masql.Args(**masql.PRESETS["quadratic"] | own)
+    alphas = (args.alpha_start, args.alpha_end, args.anneal_start, args.anneal_steps)
+    assert alphas == (1, 1e-3, 10_000, 1_500)

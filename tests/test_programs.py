@@ -1,67 +1,339 @@
-"""Every program on every kind of environment that it takes: a few updates, then an evaluation of the run."""
+"""What all programs promise: every kind of environment, learning, run folders, flags and their mistakes."""
 
+import json
+import math
 import re
-import runpy
-import signal
-import sys
-from pathlib import Path
 
 import pytest
+import torch
+from programs import EPISODE, MODULES, STEP, Aim, checkpoint, same, scalars, toy_of
 
-ROOT = Path(__file__).parent.parent
-EPISODE = "--num-envs 4 --total-timesteps 240 --eval-every 120 --eval-episodes 3 --log-every 40".split()
-STEP = "--num-envs 2 --total-timesteps 40 --eval-every 20 --eval-episodes 3 --warmup-steps 10".split()
-STEP += "--update-every 10 --batch-size 6 --buffer-size 30 --hidden-dim 8".split()
-SMALL = {
-    "dop_stochastic": "--off-policy-size 9 --off-policy-batch 4 --on-policy-size 8 --on-policy-batch 2",
-    "coma": "--batch-size 2",
-    "qmix": "--buffer-size 30 --batch-size 4",
-    "maddpg": "",
-    "dop_deterministic": "",
-    "masql": "--particles 4",
-    "maac": "--critic-dim 8",
+PROGRAMS = (*EPISODE, *STEP)
+TINY = {
+    name: "--num-envs 2 --total-timesteps 40 --eval-every 20 --eval-episodes 3 --warmup-steps 10"
+    " --update-every 10 --batch-size 6 --buffer-size 30 --hidden-dim 8"
+    for name in STEP
 }
-STEPPING = ("maddpg", "dop_deterministic", "masql", "maac")
+TINY |= dict.fromkeys(EPISODE, "--total-timesteps 240 --eval-every 120 --eval-episodes 3 --log-every 40")
+TINY["dop_stochastic"] += " --off-policy-size 9 --off-policy-batch 4 --on-policy-size 8 --on-policy-batch 2"
+TINY["coma"] += " --batch-size 2"
+TINY["qmix"] += " --buffer-size 30 --batch-size 4"
+TINY["masql"] += " --particles 4"
+TINY["maac"] += " --critic-dim 8"
 DISCRETE = ["3m", "cdm,guided_share=0.5,guided_steps=20", "cdm,first_action=0.8,n_agents=3"]
 DISCRETE += ["spread,discrete=True", "aggregation,discrete=True", "mill,discrete=True"]
 CONTINUOUS = ["quadratic", "spread", "aggregation", "mill"]
-CASES = [(name, env) for name in SMALL if name != "masql" for env in DISCRETE]
-CASES += [(name, env) for name in STEPPING for env in CONTINUOUS]
+CASES = [(name, env) for name in PROGRAMS if name != "masql" for env in DISCRETE]
+CASES += [(name, env) for name in STEP for env in CONTINUOUS]
+# what a checkpoint holds of networks and optimisers
+PARTS = dict.fromkeys(PROGRAMS, ["actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer"])
+PARTS |= {name: ["actor_target", *PARTS[name]] for name in ("maddpg", "dop_deterministic", "maac")}
+PARTS["qmix"] = ["actor", "mixer", "actor_target", "mixer_target", "optimizer"]
+# flag of the learning rate of what has a target, and the optimiser that it is for
+LEARNING_RATE = dict.fromkeys(PROGRAMS, ("critic_lr", "critic_optimizer")) | {"qmix": ("lr", "optimizer")}
 
 
-def call(name, flags, monkeypatch, capsys):
-    """Exit code, or message, and the output of a program in this process."""
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
-    try:
-        with pytest.raises(SystemExit) as leaving:
-            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return leaving.value.code, capsys.readouterr().out
+def targets(state):
+    """Pairs of a live network and its target."""
+    return [(x, state[f"{name}_target"]) for name, x in state.items() if f"{name}_target" in state]
 
 
-@pytest.mark.parametrize(("name", "env"), CASES)
-def test_runs_and_evaluates(name, env, monkeypatch, capsys, tmp_path):
-    flags = [*(STEP if name in STEPPING else EPISODE), *SMALL[name].split()]
-    code, out = call(name, ["--env", env, *flags, "--run-dir", str(tmp_path)], monkeypatch, capsys)
+@pytest.mark.parametrize(("program", "env"), CASES)
+def test_runs_and_evaluates(run, program, env):
+    code, out, folder = run(*TINY[program].split(), env=env)
     assert code == 0 and len(re.findall(r"step \d+, .*greedy episodic_return", out)) == 2
-    run = re.search(r"run folder (.+)", out)[1]
-    code, out = call(name, ["--evaluate", run], monkeypatch, capsys)
+    assert checkpoint(folder)["iteration"] > 0
+    code, out, _ = run("--evaluate", folder, env=None)
     assert code is None and "episodic_return" in out
 
 
+# ---- learning ----
+_LOSSES = "critic_loss actor_loss q_taken td_target grad_norm_actor grad_norm_critic".split()
+LOSSES = dict.fromkeys(PROGRAMS, _LOSSES) | {"qmix": ["td_loss", "q_taken", "td_target", "grad_norm"]}
+LOSSES |= dict.fromkeys(("dop_stochastic", "coma", "maac"), [*_LOSSES, "entropy"])
+DECAYS = {  # chart of a schedule -> its value at some steps
+    "dop_stochastic": {"epsilon": {4000: 0.5 - 0.45 * 3996 / 50_000}},
+    "coma": {"epsilon": {4000: 0.01}},
+    "qmix": {"epsilon": {4000: 0.05}},
+    "masql": {"alpha": {1200: 1, 3200: 1e-3}},
+}
+_EPISODE = "--total-timesteps 4000 --eval-every 1000"
+_STEP = "--total-timesteps 3200 --eval-every 1600 --update-every 4 --gamma 0"
+_DECAY = "--anneal-start 1200 --anneal-steps 800"
+_CRITIC = "--critic-lr 0.003 --critic-hidden-dim 32"
+
+
+# share of the best possible return: by chance 0.25 in Toy, whose digit is seen at first only, 0.7 in Aim
 @pytest.mark.parametrize(
-    ("name", "env", "message"),
+    ("program", "share", "flags"),
     [
-        ("masql", "3m", "discrete actions; this algorithm needs continuous ones"),
-        ("coma", "quadratic", "continuous actions; this algorithm needs discrete ones"),
-        ("qmix", "mill", "continuous actions; this algorithm needs discrete ones"),
-        ("dop_stochastic", "spread", "continuous actions; this algorithm needs discrete ones"),
-        ("maddpg", "quadratic,hight=1", "quadratic has no argument 'hight'; it has validate,"),
-        ("maddpg", "aggregations", "did you mean aggregation"),
+        ("dop_stochastic", 1, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002"),
+        ("coma", 0.7, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002 --gamma 0.5 --epsilon-steps 2000"),
+        ("qmix", 0.7, f"{_EPISODE} --lr 0.002 --gamma 0.9"),
+        ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001"),
+        ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001 --critic-per-agent --others-actions current"),
+        ("masql", 0.9, f"{_STEP} --actor-lr 0.003 --critic-lr 0.01 --hidden-dim 32 {_DECAY}"),
+        ("dop_deterministic", 0.9, f"{_STEP} --update-every 2 --actor-lr 0.001 {_CRITIC}"),
+        ("maac", 0.85, f"{_STEP} --actor-lr 0.005 --critic-lr 0.01 --total-timesteps 2400 --eval-every 1200"),
     ],
 )
-def test_wrong_environments_get_a_sentence(name, env, message, monkeypatch, capsys, tmp_path):
-    code, _ = call(name, ["--env", env, "--run-dir", str(tmp_path)], monkeypatch, capsys)
-    assert message in code and code.startswith(f"{name}.py: ") and not list(tmp_path.iterdir())
+def test_a_run_learns_writes_and_prints(run, program, share, flags):
+    code, out, folder = run(*flags.split(), "--capture-video")
+    state, toy = checkpoint(folder), toy_of(program)
+    args = state["args"]
+    assert code == 0 and f"run folder {folder}" in out and folder.name.startswith(f"{toy}__{program}__1__")
+    assert args == json.loads((folder / "args.json").read_text())
+    assert args["env"] == toy and args["num_envs"] == 4
+    evaluations = list(range(args["eval_every"], args["total_timesteps"] + 1, args["eval_every"]))
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"args.json", "model.pt", *(f"{step}.gif" for step in evaluations)}
+    assert not list(folder.glob("*.tmp"))
+
+    assert state["global_step"] == args["total_timesteps"]
+    if program in STEP:  # the first update comes with the last step of the warmup
+        assert state["iteration"] == (args["total_timesteps"] - 100 + 4) // args["update_every"]
+        check_stored(rewards=9 if args.get("critic_per_agent") else 4)
+    else:
+        assert state["iteration"] > 50
+    if "tau" in args:
+        assert not any(same(*pair) for pair in targets(state))
+
+    curves, decays = scalars(folder), DECAYS.get(program, {})
+    play = "episodic_return episodic_length".split() + ["win_rate"] * (program in EPISODE)
+    tags = {f"charts/{x}" for x in (*play, *decays, "SPS", "train_seconds")}
+    assert curves.keys() == tags | {f"losses/{x}" for x in LOSSES[program]} | {f"eval/{x}" for x in play}
+    assert [step for step, _ in curves["eval/episodic_return"]] == evaluations
+    assert curves["eval/episodic_return"][-1][1] >= share * curves["eval/episodic_length"][-1][1]
+    for name, decay in decays.items():
+        values = dict(curves[f"charts/{name}"])
+        assert {step: values[step] for step in decay} == pytest.approx(decay)
+
+
+def check_stored(rewards):
+    """The buffer of the latest run holds what its games did; log column `rewards` is the reward."""
+    log, buffer = Aim.last.log, Aim.program["buffer"]
+    assert buffer.n_steps == 4 * len(log) <= buffer.capacity
+    terminated, truncated = (torch.stack([row[x] for row in log]) for x in (5, 10))
+    assert terminated.any() and truncated.any()
+    columns = [0, 1, 2, 3, rewards, 5, 6, 7, 8]
+    for stored, column in zip(buffer.steps, columns, strict=True):
+        if log[0][column] is not None:
+            assert torch.equal(stored[: buffer.n_steps], torch.cat([row[column] for row in log]))
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("coma", "--actor-lr 0.005 --critic-lr 0.005"),
+        ("qmix", "--episodes-per-iteration 4 --epsilon-end 1.0 --lr 0.005"),
+        ("maddpg", "--noise-sigma 0 --actor-lr 0.005"),
+        ("dop_deterministic", "--actor-lr 0.005 --critic-lr 0.005"),
+        ("maac", "--actor-lr 0.005 --critic-lr 0.005"),
+    ],
+)
+def test_one_step_games_and_actions_played_by_the_environment_are_learnt(run, program, flags):
+    """Every game ends after its only step."""
+    env = "cdm,n_agents=2,n_actions=3,guided_share=0.3,guided_steps=200"
+    if program in EPISODE:
+        env = "cdm,n_agents=2,n_actions=2,guided_share=0.5,guided_steps=100"
+    code, _, folder = run("--total-timesteps", "2000", "--eval-every", "2000", *flags.split(), env=env)
+    curves = scalars(folder)
+    assert code == 0 and curves["eval/episodic_return"][-1][1] == 10
+    assert curves["charts/episodic_length"][-1][1] == 1 and "win_rate" not in str(curves.keys())
+    if program == "qmix":
+        assert curves["losses/td_loss"][-1][1] < 10
+
+
+@pytest.mark.parametrize("program", ["dop_stochastic", "coma", "qmix", "masql"])
+def test_targets_are_copied_every_period(run, program):
+    flag = f"--{LEARNING_RATE[program][0].replace('_', '-')}"
+    assert all(same(*pair) for pair in targets(checkpoint(run("--target-period", "1")[2])))
+    never, unlearnt = (checkpoint(run("--target-period", "1000", *x)[2]) for x in ((), (flag, "0")))
+    for (live, target), (start, _) in zip(targets(never), targets(unlearnt), strict=True):
+        assert same(target, start) and not same(live, start)
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "masql"])
+def test_an_environment_biases_the_untrained_policy_and_targets_start_as_copies(run, program):
+    """One update would change them, so none happens."""
+    biases = []
+    for env in ("cdm", "cdm,first_action=0.8"):
+        state = checkpoint(run("--num-envs", "1", "--total-timesteps", "1", env=env)[2])
+        assert state["iteration"] == 0 and all(same(*pair) for pair in targets(state))
+        biases.append(state["actor"]["head.bias" if program in EPISODE else "biases.2"])
+    shift = torch.tensor([math.log(0.8 / (0.2 / 9))] + [0.0] * 9)
+    torch.testing.assert_close(biases[1] - biases[0], shift.expand_as(biases[0]))
+
+
+@pytest.mark.parametrize(
+    ("program", "env"),
+    [(name, "toy") for name in PROGRAMS if name != "masql"] + [(name, "aim") for name in STEP],
+)
+def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, program, env):
+    flags = ((), (), ("--eval-every", "0"), ("--seed", "2"))
+    first, *others = [checkpoint(run(*x, env=env)[2]) for x in flags]
+    equal = [all(same(first[part], x[part]) for part in (*PARTS[program], "rng")) for x in others]
+    assert equal == [True, True, False]
+
+
+# ---- run folders ----
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_resume_restores_and_goes_on(run, program):
+    name, optimizer = LEARNING_RATE[program]
+    _, _, folder = run("--seed", "7", "--gamma", "0.5")
+    before = checkpoint(folder)
+    assert "raise --total-timesteps" in run("--resume", folder, env=None)[0]
+    assert same(checkpoint(folder), before)
+    run("--resume", folder, "--total-timesteps", "404", env=None)  # one step, no update yet
+    after = checkpoint(folder)
+    assert all(same(after[part], before[part]) for part in (*PARTS[program], "iteration"))
+    assert after["global_step"] == 404 and not same(after["rng"], before["rng"])
+
+    flags = ("--total-timesteps", "800", f"--{name.replace('_', '-')}", "0.125")
+    code, _, same_folder = run("--resume", folder, *flags, env=None)
+    after = checkpoint(folder)
+    assert code == 0 and same_folder == folder and after["global_step"] == 800
+    assert after["iteration"] > before["iteration"] > 0
+    assert after["train_seconds"] > before["train_seconds"] > 0
+    old = {"resume": None, "total_timesteps": 400, name: before["args"][name]}
+    assert after["args"] | old == before["args"]
+    assert after[optimizer]["param_groups"][0]["lr"] == 0.125  # a flag, unlike the rest
+    assert not same(after["actor"], before["actor"])
+    steps = [step for step, _ in scalars(folder)["charts/SPS"]]
+    assert steps == sorted(steps) and steps[0] <= 400 and steps[-1] == 800
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_evaluate_plays_greedily_and_prints_a_line(run, program):
+    _, _, folder = run()
+    before, lines = (folder / "model.pt").stat().st_mtime, []
+    for _ in range(2):
+        code, out, _ = run("--evaluate", folder, "--capture-video", env=None)
+        assert not code
+        lines.append(out.strip().splitlines()[-2:])
+    assert lines[0] == lines[1]
+    header, row = (line.split(" | ") for line in lines[0])
+    win_rate = ["win_rate"] * (program in EPISODE)
+    assert header == ["run", "step", "episodic_return", "episodic_length", *win_rate]
+    assert row[:2] == [str(folder), "400"]
+    assert float(row[2]) == pytest.approx(scalars(folder)["eval/episodic_return"][-1][1], abs=1e-3)
+    assert (folder / "evaluate.gif").stat().st_size and (folder / "model.pt").stat().st_mtime == before
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("trouble", "step"), [("interrupt", 60 * 4), ("interrupt_evaluation", 200)])
+def test_ctrl_c_saves_and_leaves(run, program, trouble, step):
+    code, _, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_{trouble}")
+    assert code == 130 and checkpoint(folder)["global_step"] == step
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_nan_stops_the_run_with_step_and_name(run, program):
+    flags = ("--total-timesteps", "4000", "--log-every", "400")
+    code, _, folder = run(*flags, env=f"{toy_of(program)}_nan")
+    assert re.match(rf"{program}\.py: \w+_loss is nan at step 400; .*$", code)
+    assert not (folder / "model.pt").exists()
+
+
+# ---- flags ----
+MISTAKES = {  # what comes behind which flags
+    PROGRAMS: {
+        "--num-envs 0": "--num-envs must be at least 1",
+        "--resume nowhere": "nowhere is no run folder",
+        "--evaluate nowhere": "nowhere is no run folder",
+        "--env mmmm": "unknown environment 'mmmm'",
+    },
+    EPISODE: {
+        "--env continuous": "continuous has continuous actions; this algorithm needs discrete ones",
+        "--env quadratic": "quadratic has continuous actions; this algorithm needs discrete ones",
+        "--target-period 0": "--target-period must be at least 1",
+    },
+    STEP: {
+        "--env boundless": "boundless has actions without finite bounds",
+        "--env quadratik": "unknown environment 'quadratik': did you mean quadratic",
+        "--buffer-size 3": "--buffer-size must be at least --num-envs, 4",
+    },
+    ("dop_stochastic",): {
+        "--total-timesteps -5": "--total-timesteps must be at least 1",
+        "--eval-every -1": "--eval-every must be at least 0",
+        "--gamma 1.5": "--gamma must be from 0 to 1",
+        "--critic-updates 0": "--critic-updates must be at least 1",
+        "--critic-lr -0.1": "--critic-lr must be from 0",
+        "--kappa nan": "--kappa must be from 0 to 1",
+        "--on-policy-batch 9": "a batch is larger than its buffer",
+        "--on-policy-size 50 --off-policy-size 40": "less than --on-policy-size",
+        "--env spread": "spread has continuous actions; this algorithm needs discrete ones",
+    },
+    ("coma",): {
+        "--batch-size 0": "--batch-size must be at least 1",
+        "--td-lambda 1.5": "--td-lambda must be from 0 to 1",
+    },
+    ("qmix",): {
+        "--batch-size 30": "--buffer-size is less than --batch-size or --num-envs",
+        "--num-envs 30": "--buffer-size is less than --batch-size or --num-envs",
+        "--lr -0.1": "--lr must be from 0 to 1",
+        "--env mill": "mill has continuous actions; this algorithm needs discrete ones",
+    },
+    ("maddpg",): {
+        "--env quadratic,hight=1": "quadratic has no argument 'hight'; it has validate,",
+        "--env aggregations": "did you mean aggregation",
+        "--noise-sigma -1": "--noise-sigma must be at least 0",
+        "--noise-theta 1.5": "--noise-theta must be from 0 to 1",
+        "--tau nan": "--tau must be from 0 to 1",
+    },
+    ("masql",): {
+        "--env toy": "toy has discrete actions; this algorithm needs continuous ones",
+        "--env 3m": "3m has discrete actions; this algorithm needs continuous ones",
+        "--alpha-start -1": "--alpha-start must be at least 1e-06",
+        "--alpha-end 0": "--alpha-end must be at least 1e-06",
+        "--particles 1": "--particles must be at least 2",
+    },
+    ("dop_deterministic",): {
+        "--env agregation": "unknown environment 'agregation': did you mean aggregation",
+        "--policy-delay 0": "--policy-delay must be at least 1",
+        "--noise-sigma -1": "--noise-sigma must be at least 0",
+    },
+    ("maac",): {
+        "--env mil": "unknown environment 'mil': did you mean mill",
+        "--alpha -1": "--alpha must be at least 0",
+        "--heads 3": "--critic-dim must be a multiple of --heads, 3, got 16",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "words"),
+    [(name, *row) for names, rows in MISTAKES.items() for name in names for row in rows.items()],
+)
+def test_mistakes_get_one_sentence(run, program, flags, words):
+    """From the script and without a run folder; sys.exit(str) prints it to stderr and exits with 1."""
+    code, _, folder = run(*flags.split())
+    assert isinstance(code, str) and code.startswith(f"{program}.py: ") and words in code
+    assert "\n" not in code and folder is None
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_defaults_without_flags(parse, program):
+    Args, presets = MODULES[program].Args, MODULES[program].PRESETS
+    assert parse() == Args(**presets.get(Args().env, {}))
+    assert parse("--env", "aim") == Args(env="aim")
+
+
+@pytest.mark.parametrize(
+    ("program", "preset"), [(name, preset) for name in PROGRAMS for preset in MODULES[name].PRESETS]
+)
+def test_presets_lie_between_defaults_and_flags(parse, monkeypatch, program, preset):
+    Args, presets = MODULES[program].Args, MODULES[program].PRESETS
+    values = presets[preset]
+    chosen = {"env": f"{preset.upper()},n_agents=3"}
+    if preset in ("paper", "appendix"):
+        chosen = {"env": "AIM", "setting": preset}
+    flags = [x for name, value in chosen.items() for x in (f"--{name}", value)]
+    assert parse(*flags) == Args(**chosen | values)
+    own = {name: x + 1 if type(x) is int else x / 2 for name, x in values.items() if type(x) in (int, float)}
+    words = [x for name, value in own.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    assert own and parse(*flags, *words) == Args(**chosen | values | own)
+    if "setting" in chosen:  # an environment's preset beats it
+        monkeypatch.setitem(presets, "aim", {"num_envs": 3, "gamma": 0.9})
+        expected = chosen | values | {"num_envs": 3, "gamma": 0.8}
+        assert parse(*flags, "--gamma", "0.8") == Args(**expected)

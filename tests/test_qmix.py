@@ -2,30 +2,16 @@
 
 import copy
 import itertools
-import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
-import test_dop_stochastic as sibling
 import torch
 import torch.nn.functional as F
-from test_dop_stochastic import OBS, A, N, S, checkpoint, same, scalars
+from programs import A, N, Toy, checkpoint, in_double, random_episodes, same, with_garbage
 
 import qmix
 
-run, toys, one_thread = sibling.run, sibling.toys, sibling.one_thread  # fixtures
-SMALL = "--num-envs 4 --total-timesteps 400 --eval-every 200 --eval-episodes 6 --buffer-size 20".split()
-SMALL += "--batch-size 6 --target-period 5 --epsilon-steps 2000".split()
-PARTS = ("actor", "mixer", "actor_target", "mixer_target", "optimizer")
-
-
-@pytest.fixture(autouse=True)
-def program(monkeypatch):
-    """The sibling's fixture `run` runs this program."""
-    monkeypatch.setattr(sibling, "SCRIPT", Path(qmix.__file__))
-    monkeypatch.setattr(sibling, "SMALL", SMALL)
+OBS, S = Toy.OBS, Toy.S
 
 
 def random_mixer(seed=0, n_agents=N):
@@ -144,7 +130,7 @@ def test_a_million_actions_are_all_legal():
 
 
 # ---- one gradient step ----
-def learner(lr=1e-3, same_targets=False, capacity=20, limit=9):
+def learner(lr=1e-3, same_targets=False, limit=9):
     """Arguments of `update` in float64: networks, optimiser and a batch of 7 episodes of various lengths."""
     torch.manual_seed(0)
     actor, actor_target = (qmix.Actor(OBS, N, A, 16).double() for _ in range(2))
@@ -152,12 +138,7 @@ def learner(lr=1e-3, same_targets=False, capacity=20, limit=9):
     if same_targets:
         actor_target, mixer_target = copy.deepcopy(actor), copy.deepcopy(mixer)
     optimizer = torch.optim.RMSprop([*actor.parameters(), *mixer.parameters()], lr=lr)
-    buffer, _ = sibling.random_play(capacity, limit=limit)
-    batch = buffer.sample([(7, capacity)], torch.Generator().manual_seed(0))
-    avail_actions = batch.avail_actions.clone()
-    avail_actions[..., :2] = True
-    floats = {name: getattr(batch, name).double() for name in ("obs", "state", "reward")}
-    batch = batch._replace(avail_actions=avail_actions, **floats)
+    batch = in_double(random_episodes([(7, 20)], limit))
     return qmix.Args(gamma=0.9), actor, mixer, actor_target, mixer_target, optimizer, batch
 
 
@@ -242,17 +223,8 @@ def test_padding_is_worth_nothing():
     parts = learner()
     batch = parts[-1]
     logs, plain = gradients(parts)
-    padding = ~batch.mask  # (B, T)
-    behind = F.pad(padding, (1, 0))  # (B, T + 1), without the last observation
-    assert padding.any()
-    garbage = {name: getattr(batch, name).clone() for name in batch._fields}
-    for name in ("obs", "state"):
-        garbage[name][behind] = 1e6
-    garbage["avail_actions"][behind] = ~garbage["avail_actions"][behind]
-    garbage["actions"][padding] = 3
-    garbage["reward"][padding] = 1e6
-    garbage["terminated"][padding] = True
-    noisy_logs, noisy = gradients((*learner()[:-1], batch._replace(**garbage)))
+    assert not batch.mask.all()
+    noisy_logs, noisy = gradients((*learner()[:-1], with_garbage(batch)))
     assert same(logs, noisy_logs)
     assert all(torch.equal(x, y) for x, y in zip(plain, noisy, strict=True))
 
@@ -271,96 +243,6 @@ def test_a_step_moves_the_live_networks_only_and_is_clipped():
 
 
 # ---- the program ----
-def test_a_run_learns_writes_and_prints(run):
-    flags = "--total-timesteps 4000 --eval-every 1000 --capture-video --lr 0.002 --gamma 0.9"
-    code, out, folder = run(*flags.split())
-    assert code == 0 and f"run folder {folder}" in out
-    assert folder.name.startswith("toy__qmix__1__")
-    assert {path.name for path in folder.iterdir()} >= {"args.json", "model.pt", "1000.gif", "4000.gif"}
-    state = checkpoint(folder)
-    assert state["args"] == json.loads((folder / "args.json").read_text())
-    assert state["global_step"] == 4000 and state["iteration"] > 50
-    curves = scalars(folder)
-    names = "episodic_return episodic_length win_rate epsilon SPS train_seconds".split()
-    tags = {f"charts/{x}" for x in names} | {f"eval/{x}" for x in names[:3]}
-    assert curves.keys() == tags | {f"losses/{x}" for x in "td_loss q_taken td_target grad_norm".split()}
-    assert [step for step, _ in curves["eval/win_rate"]] == [1000, 2000, 3000, 4000]
-    share = curves["eval/episodic_return"][-1][1] / curves["eval/episodic_length"][-1][1]
-    assert share > 0.7  # of the right digit, which only the first observation shows; 0.25 by chance
-    assert curves["charts/epsilon"][-1][1] == pytest.approx(0.05)
-
-
-def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run):
-    states = [checkpoint(run(*flags)[2]) for flags in ((), ("--eval-every", "0"), ("--seed", "2"))]
-    equal = [all(same(states[0][part], state[part]) for part in (*PARTS, "rng")) for state in states[1:]]
-    assert equal == [True, False]
-
-
-def test_targets_are_copied_every_period(run):
-    state = checkpoint(run("--target-period", "1")[2])
-    assert same(state["actor"], state["actor_target"]) and same(state["mixer"], state["mixer_target"])
-    early, late = (checkpoint(run("--target-period", "1000", *flags)[2]) for flags in ((), ("--lr", "0")))
-    for name in ("actor", "mixer"):
-        assert same(early[f"{name}_target"], late[name]) and not same(early[name], late[name])
-
-
 def test_number_of_gradient_steps(run):
     iterations = [checkpoint(run("--episodes-per-iteration", n)[2])["iteration"] for n in ("1", "3")]
     assert iterations[0] > 2.5 * iterations[1] > 0
-
-
-def test_resume_goes_on_and_restores(run):
-    _, _, folder = run("--seed", "7", "--gamma", "0.5")
-    before = checkpoint(folder)
-    run("--resume", str(folder), "--total-timesteps", "404", env=None, small=False)  # no iteration yet
-    after = checkpoint(folder)
-    assert all(same(after[part], before[part]) for part in (*PARTS, "iteration"))
-    code, _, _ = run("--resume", str(folder), "--total-timesteps", "800", env=None, small=False)
-    after = checkpoint(folder)
-    assert code == 0 and after["global_step"] == 800 and after["iteration"] > before["iteration"]
-    assert after["args"] | {"resume": None, "total_timesteps": 400} == before["args"]
-    assert not same(after["actor"], before["actor"])
-
-
-def test_evaluate_plays_greedily_and_prints_a_line(run):
-    _, _, folder = run()
-    code, out, _ = run("--evaluate", str(folder), env=None, small=False)
-    header, row = (line.split(" | ") for line in out.strip().splitlines()[-2:])
-    assert not code and header == ["run", "step", "episodic_return", "episodic_length", "win_rate"]
-    assert float(row[2]) == pytest.approx(scalars(folder)["eval/episodic_return"][-1][1], abs=1e-3)
-
-
-def test_one_step_episodes_and_actions_played_by_the_environment(run):
-    """Two agents of two actions: every game ends after its only step, and Q_tot is its reward."""
-    env = "cdm,n_agents=2,n_actions=2,guided_share=0.5,guided_steps=100"
-    flags = "--total-timesteps 2000 --episodes-per-iteration 4 --epsilon-end 1.0 --lr 0.005 --eval-every 2000"
-    code, _, folder = run(*flags.split(), env=env)
-    curves = scalars(folder)
-    assert code == 0 and curves["eval/episodic_return"][-1][1] == 10
-    assert curves["charts/episodic_length"][-1][1] == 1 and curves["losses/td_loss"][-1][1] < 10
-    assert "win_rate" not in str(curves.keys())
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--batch-size", "30"], "--buffer-size is less than --batch-size or --num-envs"),
-        (["--num-envs", "30"], "--buffer-size is less than --batch-size or --num-envs"),
-        (["--target-period", "0"], "--target-period must be at least 1"),
-        (["--lr", "-0.1"], "--lr must be from 0 to 1"),
-        (["--env", "continuous"], "continuous actions"),
-        (["--resume", "nowhere"], "nowhere is no run folder"),
-    ],
-)
-def test_mistakes_get_one_sentence(run, flags, words):
-    sibling.check_mistake(run(*flags), "qmix.py", words)
-
-
-def test_presets_lie_between_defaults_and_flags(monkeypatch):
-    def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["qmix.py", *flags])
-        return qmix.parse_args()
-
-    assert parse() == qmix.Args()
-    assert parse("--setting", "paper") == qmix.Args(setting="paper", **qmix.PRESETS["paper"])
-    assert parse("--env", "CDM,n_agents=3") == qmix.Args(env="CDM,n_agents=3", **qmix.PRESETS["cdm"])
