@@ -25,7 +25,6 @@ from envs import make
 
 ALGORITHMS = {"dop": "deterministic DOP", "maddpg": "MADDPG", "maac": "MAAC"}
 LABELS = ALGORITHMS | {"longer": "MADDPG, longer"}
-LONGER = "maddpg_spread_long"  # to compare with known implementations, which learn longer
 TASKS = ("aggregation", "aggregation_hard", "mill", "spread")
 SOLVED = 0.95  # greedy win rate
 AGENTS, STEPS = 3, 25  # of spread
@@ -223,7 +222,8 @@ def main(argv=None):
     parts, games, sources = [], set(), []
     for task in TASKS:
         paths = {algorithm: RESULTS / f"{algorithm}_{task}.json" for algorithm in ALGORITHMS}
-        paths |= {"longer": RESULTS / f"{LONGER}.json"} if task == "spread" else {}
+        if task == "spread":  # known implementations learn longer
+            paths["longer"] = RESULTS / "maddpg_spread_long.json"
         reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
         parts += section(task, reports) if reports else []
         games |= {report["settings"]["eval_episodes"] for report in reports.values()}
