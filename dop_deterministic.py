@@ -132,7 +132,11 @@ PRESETS = {
         total_timesteps=500_000, warmup_steps=100_000, eval_every=20_000, log_every=5_000,
     ),
     "mill": dict(total_timesteps=60_000, warmup_steps=5_000),
-    "spread": dict(total_timesteps=500_000, eval_every=20_000, warmup_steps=5_000),
+    # dense rewards: discount and speed of the actors as for maddpg.py
+    "spread": dict(
+        total_timesteps=500_000, eval_every=20_000, warmup_steps=5_000, gamma=0.95, policy_delay=1,
+        actor_lr=1e-4,
+    ),
     "cdm": dict(
         total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,
         batch_size=128, warmup_steps=256, update_every=4,

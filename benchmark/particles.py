@@ -24,8 +24,18 @@ from benchmark.plot import interval
 from envs import make
 
 ALGORITHMS = {"dop": "deterministic DOP", "maddpg": "MADDPG", "maac": "MAAC"}
-LABELS = ALGORITHMS | {"longer": "MADDPG, longer"}
-TASKS = ("aggregation", "aggregation_hard", "mill", "spread")
+# task -> more sets of runs -> their labels
+TASKS = {
+    "aggregation": {"dop_aggregation_replay_10k": "deterministic DOP, replay of 10,000"},
+    "aggregation_hard": {},
+    "mill": {"dop_mill_replay_10k": "deterministic DOP, replay of 10,000"},
+    "spread": {
+        "dop_spread_discount": "deterministic DOP, slower actors",
+        "dop_spread_actors": "deterministic DOP, discount 0.99",
+        "dop_spread_neither": "deterministic DOP, slower actors and discount 0.99",
+        "maddpg_spread_long": "MADDPG, longer",
+    },
+}
 SOLVED = 0.95  # greedy win rate
 AGENTS, STEPS = 3, 25  # of spread
 STIFFNESS, BRAKE = 8.0, 2.0  # of the assigned team's steering, the best of a coarse search
@@ -48,19 +58,19 @@ def median_worst(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f})"
 
 
-def facts(algorithm, report):
+def facts(label, report):
     """The first three cells of a row: name, seeds, environment steps."""
     failed = f" ({len(report['failed'])} failed)" if report["failed"] else ""
     steps = statistics.median(run["summary"]["steps"] for run in report["runs"])
-    return [LABELS[algorithm], f"{len(report['runs'])}{failed}", f"{steps:,.0f}"]
+    return [label, f"{len(report['runs'])}{failed}", f"{steps:,.0f}"]
 
 
 def winning_table(reports):
-    """A row per algorithm on a task that can be won."""
+    """A row per set of runs on a task that can be won."""
     header = ["algorithm", "seeds", "steps", "final win rate", "last fifth", "ever solved"]
     header += ["solved at the end", "solved throughout the last fifth", "final return"]
     rows = []
-    for algorithm, report in reports.items():
+    for label, report in reports.items():
         curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
         ends, fifths = [curve["value"][-1] for curve in curves], [last_fifth(curve) for curve in curves]
         counts = [
@@ -70,7 +80,7 @@ def winning_table(reports):
         ]
         rates = [median_worst(ends), median_worst([statistics.fmean(fifth) for fifth in fifths])]
         returns = mean_interval(final_returns(report))
-        rows.append([*facts(algorithm, report), *rates, *map(success_rate, counts), returns])
+        rows.append([*facts(label, report), *rates, *map(success_rate, counts), returns])
     return markdown_table(header, rows)
 
 
@@ -80,15 +90,15 @@ def final_returns(report):
 
 
 def spread_table(reports):
-    """A row per algorithm and per reference team on spread."""
+    """A row per set of runs and per reference team on spread."""
     rows = []
-    for algorithm, report in reports.items():
+    for label, report in reports.items():
         ends = final_returns(report)
         fifth = [
             statistics.fmean(last_fifth(run["curves"]["eval/episodic_return"])) for run in report["runs"]
         ]
         cells = [mean_interval(ends), median_worst(ends), mean_interval(fifth)]
-        rows.append([*facts(algorithm, report), *cells, mean_interval(ends, AGENTS)])
+        rows.append([*facts(label, report), *cells, mean_interval(ends, AGENTS)])
     for name, value in reference_returns().items():
         rows.append([name, "-", "-", f"{value:.2f}", "-", "-", f"{AGENTS * value:.2f}"])
     header = ["team", "seeds", "steps", "final return", "median (worst)", "last fifth"]
@@ -220,11 +230,10 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
     parts, games, sources = [], set(), []
-    for task in TASKS:
-        paths = {algorithm: RESULTS / f"{algorithm}_{task}.json" for algorithm in ALGORITHMS}
-        if task == "spread":  # known implementations learn longer
-            paths["longer"] = RESULTS / "maddpg_spread_long.json"
-        reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    for task, variants in TASKS.items():
+        names = {f"{algorithm}_{task}": label for algorithm, label in ALGORITHMS.items()} | variants
+        paths = {label: RESULTS / f"{name}.json" for name, label in names.items()}
+        reports = {label: json.loads(path.read_text()) for label, path in paths.items() if path.exists()}
         parts += section(task, reports) if reports else []
         games |= {report["settings"]["eval_episodes"] for report in reports.values()}
         sources += [source(report) for report in reports.values()]
