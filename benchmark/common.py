@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def success_rate(outcomes):
     """How many of a list of bools are True, with Wilson's 95% interval: "7 of 20 (18 to 57%)"."""
     low, high = wilson(sum(outcomes), len(outcomes))
     return f"{sum(outcomes)} of {len(outcomes)} ({100 * low:.0f} to {100 * high:.0f}%)"
+
+
+def last_fifth(steps, values, end=None):
+    """The values of a curve after 80% of its steps, or of the step `end`."""
+    end = steps[-1] if end is None else end
+    return [value for step, value in zip(steps, values, strict=True) if step > 0.8 * end]
+
+
+def median_worst(values):
+    """Median and, in brackets, minimum over seeds: "0.98 (0.93)"; "-" of nothing."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f})" if values else "-"
 
 
 def markdown_table(header, rows):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, markdown_table, source, success_rate
+from benchmark.common import RESULTS, last_fifth, markdown_table, median_worst, source, success_rate
 from benchmark.plot import interval
 from envs import make
 
@@ -42,20 +42,10 @@ STIFFNESS, BRAKE = 8.0, 2.0  # of the assigned team's steering, the best of a co
 
 
 # ---- runs ----
-def last_fifth(curve):
-    """The values of a curve after 80% of its steps."""
-    steps, values = curve["step"], curve["value"]
-    return [value for step, value in zip(steps, values, strict=True) if step > 0.8 * steps[-1]]
-
-
 def mean_interval(values, scale=1.0):
     """'-5.86 +- 0.14': mean over seeds with its 95% t interval; of one seed the value alone."""
     mean, half = (scale * x.item() for x in interval(np.array(values, dtype=float)[:, None]))
     return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
-def median_worst(values):
-    return f"{statistics.median(values):.2f} ({min(values):.2f})"
 
 
 def facts(label, report):
@@ -72,7 +62,8 @@ def winning_table(reports):
     rows = []
     for label, report in reports.items():
         curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
-        ends, fifths = [curve["value"][-1] for curve in curves], [last_fifth(curve) for curve in curves]
+        ends = [curve["value"][-1] for curve in curves]
+        fifths = [last_fifth(curve["step"], curve["value"]) for curve in curves]
         counts = [
             [max(curve["value"]) >= SOLVED for curve in curves],
             [end >= SOLVED for end in ends],
@@ -94,9 +85,8 @@ def spread_table(reports):
     rows = []
     for label, report in reports.items():
         ends = final_returns(report)
-        fifth = [
-            statistics.fmean(last_fifth(run["curves"]["eval/episodic_return"])) for run in report["runs"]
-        ]
+        curves = [run["curves"]["eval/episodic_return"] for run in report["runs"]]
+        fifth = [statistics.fmean(last_fifth(curve["step"], curve["value"])) for curve in curves]
         cells = [mean_interval(ends), median_worst(ends), mean_interval(fifth)]
         rows.append([*facts(label, report), *cells, mean_interval(ends, AGENTS)])
     for name, value in reference_returns().items():

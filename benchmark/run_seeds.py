@@ -24,7 +24,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINE, RESULTS, ROOT, commit, hardware, today, write_csv, write_json
+from benchmark.common import ENGINE, RESULTS, ROOT, commit, hardware, last_fifth, today, write_csv, write_json
 
 TAGS = [
     "eval/*",
@@ -241,7 +241,8 @@ def summarise(curves, start, metric, target):
     summary["steps"] = max(curve[0][-1] for curve in curves.values()) if curves else None
     if metric in curves:
         steps, values, times = curves[metric]
-        summary |= {"best": max(values), "final": values[-1], "last_fifth": _last_fifth(steps, values)}
+        summary |= {"best": max(values), "final": values[-1]}
+        summary["last_fifth"] = statistics.fmean(last_fifth(steps, values))
         # TensorBoard holds single precision, in which 0.9 is a little less than 0.9
         first = next((i for i, value in enumerate(values) if value >= target - 1e-6), None)
         if first is not None:
@@ -251,15 +252,10 @@ def summarise(curves, start, metric, target):
     for tag in ("eval/episodic_return", "charts/episodic_return"):
         if tag in curves:
             steps, values, _ = curves[tag]
-            summary |= {"final_return": values[-1], "last_fifth_return": _last_fifth(steps, values)}
+            summary["final_return"] = values[-1]
+            summary["last_fifth_return"] = statistics.fmean(last_fifth(steps, values))
             break
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
-
-
-def _last_fifth(steps, values):
-    return statistics.fmean(
-        value for step, value in zip(steps, values, strict=True) if step > 0.8 * steps[-1]
-    )
 
 
 def collect(args, failed):

@@ -4,54 +4,57 @@
 
 Reads the files that run_seeds.py wrote (docs/benchmark.md has the commands). Curves are cut to the steps that
 all methods of a map have. Best, final, last fifth (mean over the evaluations after 80% of these steps) are
-greedy win rates.
+greedy win rates; training is the win rate of the exploring policies in the same last fifth. Battles of a map
+begin alike, so that greedy teams win nearly all of them or nearly none; training shows the trend.
 """
 
 import argparse
+import bisect
 import json
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINE, RESULTS, markdown_table, source
+from benchmark.common import ENGINE, RESULTS, last_fifth, markdown_table, median_worst, source
 
 # map -> file of DOP; the other methods' files are <method>_<map>
-MAPS = {"3m": "dop_3m_long", "2s3z": "dop_2s3z", "mmm": "dop_mmm"}
+MAPS = {"3m": "dop_3m_long", "8m": "dop_8m", "2s3z": "dop_2s3z", "mmm": "dop_mmm"}
+MAPS |= {name: f"dop_{name}" for name in ("3s_vs_3z", "so_many_baneling", "3s5z", "1c3s5z", "10m_vs_11m")}
 METHODS = {
     "dop_on_policy": "DOP, on-policy only (`--tree-backup none`)",
     "dop_sampled": "DOP, undecomposed tree backup (`--tree-backup sampled`)",
     "coma": "COMA",
     "qmix": "QMIX",
 }
+LONGER = {"dop_2s3z_500k": "DOP on 2s3z", "dop_on_policy_3m_500k": "DOP, on-policy only, on 3m"}
 TARGET = 0.9
 LOSSES = {"losses/entropy": "entropy", "losses/grad_norm_actor": "actor's gradient"}  # where collected
 
 
-def curve_until(run, limit):
-    """Steps and win rates of a run's evaluations within `limit` steps."""
-    curve = run["curves"]["eval/win_rate"]
-    points = zip(curve["step"], curve["value"], strict=True)
-    return [(step, value) for step, value in points if step <= limit]
+def until(run, tag, limit):
+    """Steps and values of a run's curve within `limit` steps; none where the tag was not collected."""
+    curve = run["curves"].get(tag, {"step": [], "value": []})
+    length = bisect.bisect_right(curve["step"], limit)
+    return curve["step"][:length], curve["value"][:length]
 
 
 def row(method, report, limit):
     """Cells of one method: medians over its seeds, the worst seed in brackets."""
-    curves = [curve_until(run, limit) for run in report["runs"]]
-    best = [max(value for _, value in curve) for curve in curves]
-    final = [curve[-1][1] for curve in curves]
-    fifth = [statistics.fmean(value for step, value in curve if step > 0.8 * limit) for curve in curves]
-    cells = [f"{statistics.median(values):.2f} ({min(values):.2f})" for values in (best, final, fifth)]
-    first = [next((step for step, value in curve if value >= TARGET), None) for curve in curves]
-    reached = ", ".join("-" if step is None else f"{step / 1000:.0f}k" for step in first)
-    ends = [
-        ", ".join(
-            f"{run['curves'][tag]['value'][-1]:.1g}" if tag in run["curves"] else "-"
-            for run in report["runs"]
-        )
-        for tag in LOSSES
+    curves = [until(run, "eval/win_rate", limit) for run in report["runs"]]
+    training = [until(run, "charts/win_rate", limit) for run in report["runs"]]
+    columns = [
+        [max(values) for _, values in curves],
+        [values[-1] for _, values in curves],
+        [statistics.fmean(last_fifth(*curve, limit)) for curve in curves],
+        [statistics.fmean(last_fifth(*curve, limit)) for curve in training if curve[0]],
     ]
-    return [method, len(curves), *cells, reached, *ends]
+    points = [zip(*curve, strict=True) for curve in curves]
+    first = [next((step for step, value in curve if value >= TARGET), None) for curve in points]
+    reached = ", ".join("-" if step is None else f"{step / 1000:.0f}k" for step in first)
+    losses = [[until(run, tag, limit) for run in report["runs"]] for tag in LOSSES]
+    ends = [", ".join(f"{values[-1]:.1g}" if values else "-" for _, values in x) for x in losses]
+    return [method, len(curves), *map(median_worst, columns), reached, *ends]
 
 
 def main(argv=None):
@@ -62,9 +65,13 @@ def main(argv=None):
     parts += [
         "Written by `python benchmark/smac.py`; its docstring says what the columns mean. "
         f"{ENGINE.capitalize()}: not StarCraft II.\nMedian over seeds (worst seed); of every seed the first "
-        f"evaluation of at least {TARGET:g}, and at the end entropy and norm of the actor's gradient."
+        f"evaluation of at least {TARGET:g}, and at the end entropy and norm of the actor's gradient.\n"
+        "Training: win rate of the exploring policies. Battles of a map begin alike, so that greedy teams "
+        "win nearly all\nor nearly none of them; training shows the trend."
     ]
     sources = []
+    header = ["method", "seeds", "best", "final", "last fifth", "training", f"steps to {TARGET:g}"]
+    header += LOSSES.values()
     for name, dop in MAPS.items():
         files = {"DOP": dop} | {title: f"{method}_{name}" for method, title in METHODS.items()}
         paths = {title: RESULTS / f"{file}.json" for title, file in files.items()}
@@ -73,10 +80,15 @@ def main(argv=None):
             continue
         lengths = [report["summary"]["steps"]["min"] for report in reports.values()]
         rows = [row(title, report, min(lengths)) for title, report in reports.items()]
-        header = ["method", "seeds", "best", "final", "last fifth", f"steps to {TARGET:g}", *LOSSES.values()]
         parts += [f"## {name}, {min(lengths):,} steps", markdown_table(header, rows).strip()]
         parts += [f"![{name}](smac_{name}.png)"] if (RESULTS / f"smac_{name}.png").exists() else []
         sources += [source(report) for report in reports.values()]
+    longer = {title: RESULTS / f"{name}.json" for name, title in LONGER.items()}
+    longer = {title: json.loads(path.read_text()) for title, path in longer.items() if path.exists()}
+    for title, report in longer.items():
+        limit = report["summary"]["steps"]["min"]
+        parts += [f"## {title}, {limit:,} steps", markdown_table(header, [row(title, report, limit)]).strip()]
+        sources.append(source(report))
     if not sources:
         sys.exit("smac.py: docs/results has no two sets of runs of one map to compare yet")
     parts += ["Sources:", "\n".join(sources)]

@@ -8,8 +8,11 @@ get 10 agents of spread and batches of 1024. The peers are our own code with the
 implementations, so that both run in the same minute on the same machine: standins.py has those of maddpg.py
 and maac.py. That of dop_stochastic.py has a shared critic on [state, obs, agent id] with two layers of 256,
 one optimiser step of critic and mixer for each time step over all 48 episodes, and an agent unrolled cell by
-cell. The ways of a table take turns, and a number is the median of the turns. Writes
-docs/results/update_speed.json and update_speed.md.
+cell. The ways of a table take turns, and a number is the median of the turns. "Products alone" is what the
+matrix products of the first way of a table would take if each ran as fast as the machine's best batched
+product of MAAC's sizes in the same run (floating point operations counted by PyTorch, which counts no GRU):
+nothing that computes the same in the same precision is faster. Writes docs/results/update_speed.json and
+update_speed.md.
 """
 
 import argparse
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import coma
 import dop_deterministic
@@ -262,11 +266,11 @@ def official(batch):
 
 
 # ---- tables ----
-def tasks(generator):
+def episode_tasks(generator):
     """Title -> the ways of one table; the last is the peer of the others if it is a stand-in."""
     batch = random_batch(generator, ON + OFF)
     dop = {setting: ours(setting, batch, generator) for setting in ("default", "paper")}
-    found = {
+    return {
         f"dop_stochastic.py at MMM's shapes, {ON} on-policy and {OFF} off-policy episodes of {T} steps": dop
         | {"official stand-in": official(batch)},
         f"coma.py and qmix.py at MMM's shapes, {coma.Args.batch_size} and {qmix.Args.batch_size} episodes": {
@@ -274,6 +278,11 @@ def tasks(generator):
             "qmix.py": ours_qmix(generator),
         },
     }
+
+
+def step_tasks(generator):
+    """The same of the learners from single steps."""
+    found = {}
     for discrete, kind in enumerate(("2-d continuous actions", "5 discrete actions")):
         found[f"maddpg.py, {AGENTS} agents, {kind}"] = {
             "default": ours_maddpg(generator, discrete, False),
@@ -302,6 +311,24 @@ def measure(ways, repeats):
     return {name: values[2:] for name, values in turns.items()}  # without the two turns that warm up
 
 
+def product_rate():
+    """Floating point operations per second of this machine's best product of batched matrices."""
+    x, y = torch.randn(AGENTS, TRANSITIONS, 128), torch.randn(AGENTS, 128, 128)
+    turns = []
+    for _ in range(50):
+        start = time.perf_counter()
+        torch.bmm(x, y)
+        turns.append(time.perf_counter() - start)
+    return 2 * x.numel() * 128 / min(turns)
+
+
+def operations(iteration):
+    """Floating point operations of the products in one iteration."""
+    with FlopCounterMode(display=False) as counter:
+        iteration()
+    return counter.get_total_flops()
+
+
 def table_of(results):
     """A line per number of threads, for the results of one task."""
     seconds = {(x["threads"], x["way"]): x["seconds"] for x in results}
@@ -312,7 +339,11 @@ def table_of(results):
         + [f"{seconds[threads, peer] / seconds[threads, way]:.1f}x" for way in mine]
         for threads in dict.fromkeys(x["threads"] for x in results)
     ]
-    return markdown_table(["threads", *ways, *(f"{way} faster by" for way in mine)], rows)
+    header = ["threads", *ways, *(f"{way} faster by" for way in mine)]
+    if floors := [x["products_alone"] for x in results if "products_alone" in x]:
+        header.append(f"products of {ways[0]} alone")
+        rows = [[*row, f"{floor:.4f}"] for row, floor in zip(rows, floors, strict=True)]
+    return markdown_table(header, rows)
 
 
 def main(argv=None):
@@ -333,12 +364,16 @@ def main(argv=None):
 Seconds of one training iteration on random data; learners from single steps have batches of {TRANSITIONS}. A
 stand-in is our code with the structure of the reference implementation.
 """
-    for title, ways in tasks(torch.Generator().manual_seed(1)).items():
+    generator = torch.Generator().manual_seed(1)
+    steps = step_tasks(generator)
+    for title, ways in (episode_tasks(generator) | steps).items():
         results = []
         for threads in args.threads:
             torch.set_num_threads(threads)
             for name, turns in measure(ways, args.repeats).items():
                 result = {"task": title, "threads": threads, "way": name}
+                if title in steps and name == next(iter(ways)):
+                    result["products_alone"] = operations(ways[name]) / product_rate()
                 results.append(result | {"seconds": statistics.median(turns), "turns": turns})
                 print(f"threads {threads}  {title}, {name}: {results[-1]['seconds']:.4f} s", flush=True)
         about["results"] += results

@@ -349,6 +349,9 @@ def test_update_speed_table_divides_by_the_stand_in():
     table = speed.table_of(results)
     assert table.endswith("| 2 | 0.1000 | 0.5000 | 1.0000 | 10.0x | 2.0x |\n")
     assert "faster by" not in speed.table_of(results[:2])
+    results[0]["products_alone"] = 0.025
+    table = speed.table_of(results)
+    assert "| products of default alone |" in table and table.endswith("| 10.0x | 2.0x | 0.0250 |\n")
 
 
 @pytest.mark.parametrize("name, discrete", [("maddpg", False), ("maddpg", True), ("maac", True)])
@@ -443,12 +446,14 @@ def test_smac_cuts_curves_to_equal_steps(tmp_path, monkeypatch, capsys):
         common.write_json(tmp_path / f"{name}.json", facts)
 
     monkeypatch.setattr(smac, "RESULTS", tmp_path)
-    report("coma_3m", ([1000, 2000], [0.5, 0.25]), **{"losses/entropy": {"value": [1.0, 0.04]}})
+    more = {"losses/entropy": {"step": [1500, 2000], "value": [1.0, 0.04]}}
+    more["charts/win_rate"] = {"step": [1000, 1700, 2000], "value": [1.0, 0.1, 0.2]}
+    report("coma_3m", ([1000, 2000], [0.5, 0.25]), **more)
     with pytest.raises(SystemExit, match="no two sets"):
         smac.main([])
     report("dop_3m_long", ([1000, 2000, 3000], [0.95, 0.5, 1.0]), ([1000, 2000, 3000], [0.0, 0.2, 1.0]))
     smac.main([])
     text = (tmp_path / "smac.md").read_text()
     assert "## 3m, 2,000 steps" in text
-    assert "| DOP | 2 | 0.57 (0.20) | 0.35 (0.20) | 0.35 (0.20) | 1k, - | -, - | -, - |" in text
-    assert "| COMA | 1 | 0.50 (0.50) | 0.25 (0.25) | 0.25 (0.25) | - | 0.04 | - |" in text
+    assert "| DOP | 2 | 0.57 (0.20) | 0.35 (0.20) | 0.35 (0.20) | - | 1k, - | -, - | -, - |" in text
+    assert "| COMA | 1 | 0.50 (0.50) | 0.25 (0.25) | 0.25 (0.25) | 0.15 (0.15) | - | 0.04 | - |" in text
