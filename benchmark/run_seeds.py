@@ -32,6 +32,8 @@ TAGS = [
     "charts/episodic_length",
     "charts/win_rate",
     "charts/train_seconds",
+    "losses/entropy",
+    "losses/grad_norm_actor",
 ]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PER_RUN = ("seed", "run_dir", "resume", "evaluate")  # not settings of the whole set
