@@ -128,9 +128,10 @@ PRESETS = {
         total_timesteps=60_000, num_envs=32, tau=0.05, batch_size=256, buffer_size=250_000,
         warmup_steps=5_000, update_every=32,
     ),
+    # discount and speed of the policies as for maddpg.py: those of the official code diverge here
     "spread": dict(
         total_timesteps=500_000, num_envs=32, eval_every=20_000, tau=0.05, batch_size=256,
-        buffer_size=250_000, warmup_steps=5_000, update_every=32,
+        buffer_size=250_000, warmup_steps=5_000, update_every=32, gamma=0.95, actor_lr=1e-4,
     ),
     "cdm": dict(
         total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,

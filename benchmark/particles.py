@@ -34,6 +34,7 @@ TASKS = {
         "dop_spread_actors": "deterministic DOP, discount 0.99",
         "dop_spread_neither": "deterministic DOP, slower actors and discount 0.99",
         "maddpg_spread_long": "MADDPG, longer",
+        "maac_spread_published_rates": "MAAC, discount and rates of its code",
     },
 }
 SOLVED = 0.95  # greedy win rate
