@@ -14,10 +14,13 @@ G networks, M inputs of a network.
 [DOP] has no code for it and contradicts itself: 250,000 transitions of replay and batches of 1024 in section
 5.2, 10,000 and 1250 in Appendix G.2; learning rates of 5e-3 and, four sentences on, 5e-4 in G.2.
 `--setting paper` takes section 5.2 and 5e-4, `--setting appendix` takes 10,000, 1250 and 5e-3.
+
 Differs from the paper:
 1. discrete actions are straight-through Gumbel-softmax samples at temperature 1, not at one near 0 (D.2);
-2. discount, share of target updates and noise, which are not in the paper, are those of MADDPG and [DDPG];
+2. discount, share of target updates and noise, which are not in the paper, are those of the code of
+   stochastic DOP, of MADDPG and of [DDPG];
 3. an episode ended by the clock bootstraps from its own last observation.
+
 Without `--setting` also, to learn in minutes on one core (docs/dop_deterministic.md):
 4. 32 games and an update every 32 steps, not one game and an update at every step;
 5. local critics of 64 units, not 256, and batches of 256;
@@ -142,6 +145,7 @@ PRESETS = {
         batch_size=128, warmup_steps=256, update_every=4,
     ),
 }  # fmt: skip
+PRESETS |= {"aggregation_hard": PRESETS["aggregation"]}
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
 LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "warmup_steps"), (0, math.inf))
 LIMITS |= dict.fromkeys(("noise_sigma", "max_grad_norm"), (0, math.inf))
@@ -154,9 +158,12 @@ def fail(message):
 
 def parse_args():
     """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
-    first = tyro.cli(Args, description=__doc__)
-    env_id = first.env.lower().split(",")[0]
-    overrides = PRESETS.get(getattr(first, "setting", None), {}) | PRESETS.get(env_id, {})
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]  # help comes with the presets
+    first = tyro.cli(Args, args=words, description=__doc__)
+    env_id = first.env.lower().split(",")[0].strip()
+    overrides = PRESETS.get(env_id, {}) | PRESETS.get(getattr(first, "setting", None), {})
+    if first.resume and first.evaluate:
+        fail("--resume and --evaluate exclude each other")
     if run := first.resume or first.evaluate:
         try:
             overrides = json.loads(Path(run, "args.json").read_text()) | {"resume": None, "evaluate": None}
@@ -506,11 +513,16 @@ if __name__ == "__main__":
     if global_step >= args.total_timesteps:
         fail(f"{run} is at step {global_step} already; raise --total-timesteps to go on")
     run = run or f"{args.run_dir}/{args.env.lower()}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    try:
+        Path(run).mkdir(parents=True, exist_ok=True)
+        Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
+    except OSError as error:
+        fail(f"cannot write the run folder: {error}")
     writer = SummaryWriter(run, purge_step=global_step + 1 if checkpoint else None)
-    Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder {run}", flush=True)
-    stop = []  # Ctrl-C ends the run after the step in progress, a second one at once
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    stop = []  # Ctrl-C or kill ends the run after the step in progress, a second one at once
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda name, _: (stop.append(True), signal.signal(name, signal.SIG_DFL)))
 
     # ---- loop ----
     obs, _ = env.reset()  # (B, N, O)
@@ -525,7 +537,11 @@ if __name__ == "__main__":
         explore |= {"uniform": warming_up and args.warmup_actions == "uniform"}
         state, avail_actions = env.state(), env.avail_actions()
         actions, memory = act(actor, obs, avail_actions, memory, generator, **explore)
-        next_obs, reward, terminated, truncated, info = env.step(actions)
+        try:
+            next_obs, reward, terminated, truncated, info = env.step(actions)
+        except RuntimeError as error:  # of the game, which may be a program of its own
+            save(run, args, parts, generators, global_step, iteration, train_seconds)
+            fail(f"{error}; saved {run}/model.pt")
         actions = info.get("actions", actions)
 
         # store
@@ -562,6 +578,8 @@ if __name__ == "__main__":
             charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
             charts |= {"SPS": sps}
             bar.set_postfix(charts)
+            if bar.disable and not args.eval_every:
+                tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
             charts |= {"train_seconds": train_seconds} | schedule
             recent = []
             for group, values in (("losses", losses), ("charts", charts)):

@@ -14,6 +14,7 @@ Differs from the paper:
 2. targets use the current policies, there are no target actors, as in the official code;
 3. an episode ended by the clock bootstraps from E_pi[Q_tot] of its last observation: no action follows it;
    replayed observations and states are in half precision, to halve the memory.
+
 Without `--setting paper` also, to win in less time (docs/dop_stochastic.md):
 4. 16 games, not 4; 8 critic minibatches per iteration at 5e-4, not one full batch at 1e-4; a target copied
    every 10 iterations, not 8 (the paper leaves the last two open);
@@ -151,9 +152,12 @@ def fail(message):
 
 def parse_args():
     """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
-    first = tyro.cli(Args, description=__doc__)
-    env_id = first.env.lower().split(",")[0]
-    overrides = PRESETS.get(getattr(first, "setting", None), {}) | PRESETS.get(env_id, {})
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]  # help comes with the presets
+    first = tyro.cli(Args, args=words, description=__doc__)
+    env_id = first.env.lower().split(",")[0].strip()
+    overrides = PRESETS.get(env_id, {}) | PRESETS.get(getattr(first, "setting", None), {})
+    if first.resume and first.evaluate:
+        fail("--resume and --evaluate exclude each other")
     if run := first.resume or first.evaluate:
         try:
             overrides = json.loads(Path(run, "args.json").read_text()) | {"resume": None, "evaluate": None}
@@ -577,7 +581,7 @@ if __name__ == "__main__":
     try:
         buffer = EpisodeBuffer(args.off_policy_size, args.num_envs, *sizes, device)
     except RuntimeError:
-        fail(f"no memory for {args.off_policy_size} episodes of {args.env}; lower --off-policy-size")
+        fail(f"no memory for {args.off_policy_size} x {env.episode_limit} steps; lower --off-policy-size")
 
     # ---- run folder ----
     run, generators = args.resume, (generator, env.generator)
@@ -587,11 +591,16 @@ if __name__ == "__main__":
     if global_step >= args.total_timesteps:
         fail(f"{run} is at step {global_step} already; raise --total-timesteps to go on")
     run = run or f"{args.run_dir}/{args.env.lower()}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    try:
+        Path(run).mkdir(parents=True, exist_ok=True)
+        Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
+    except OSError as error:
+        fail(f"cannot write the run folder: {error}")
     writer = SummaryWriter(run, purge_step=global_step + 1 if checkpoint else None)
-    Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
     print(f"{json.dumps(vars(args), indent=2)}\nrun folder {run}", flush=True)
-    stop = []  # Ctrl-C ends the run after the step in progress, a second one at once
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    stop = []  # Ctrl-C or kill ends the run after the step in progress, a second one at once
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda name, _: (stop.append(True), signal.signal(name, signal.SIG_DFL)))
 
     # ---- loop ----
     obs, _ = env.reset()  # (B, N, O)
@@ -606,7 +615,11 @@ if __name__ == "__main__":
         schedule = {"epsilon": epsilon}
         state, avail_actions = env.state(), env.avail_actions()
         actions, memory = act(actor, obs, avail_actions, memory, epsilon, generator)
-        next_obs, reward, terminated, truncated, info = env.step(actions)
+        try:
+            next_obs, reward, terminated, truncated, info = env.step(actions)
+        except RuntimeError as error:  # of the game, which may be a program of its own
+            save(run, args, parts, generators, global_step, iteration, train_seconds)
+            fail(f"{error}; saved {run}/model.pt")
         actions = info.get("actions", actions)
 
         # store
@@ -643,6 +656,8 @@ if __name__ == "__main__":
             charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
             charts |= {"SPS": sps}
             bar.set_postfix(charts)
+            if bar.disable and not args.eval_every:
+                tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
             charts |= {"train_seconds": train_seconds} | schedule
             recent = []
             for group, values in (("losses", losses), ("charts", charts)):

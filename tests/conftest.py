@@ -45,12 +45,13 @@ def run(program, monkeypatch, tmp_path, capsys):
         small = [] if env is None else ["--env", env, *programs.SMALL[program].split()]
         argv = [f"{program}.py", *small, "--run-dir", tmp_path, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        handler = signal.getsignal(signal.SIGINT)
+        handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
             with pytest.raises(SystemExit) as leaving:
                 runpy.run_path(programs.MODULES[program].__file__, run_name="__main__")
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
         folders = sorted(tmp_path.glob("*__*"), key=lambda folder: folder.stat().st_mtime)
         return leaving.value.code, capsys.readouterr().out, folders[-1] if folders else None
 

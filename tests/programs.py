@@ -36,7 +36,8 @@ LOW, HIGH = torch.tensor([[[-1.0, -2.0], [0, 1], [-5, -1]], [[3, -1], [1, 2], [-
 class Troubled(VecEnv):
     """Games that end at random or by the clock, and in which `trouble` may come at step 60.
 
-    It is "interrupt" (Ctrl-C), "nan" (rewards of that step) or "interrupt_evaluation", at its step 3.
+    It is "interrupt" (Ctrl-C), "kill", "break" (an error of the game), "nan" (rewards of that step) or
+    "interrupt_evaluation", at its step 3.
     """
 
     def __init__(self, num_envs, space, device, seed, trouble):
@@ -51,6 +52,10 @@ class Troubled(VecEnv):
         when, what = (3, "interrupt_evaluation") if self.evaluates else (60, "interrupt")
         if self.steps == when and self.trouble == what:
             os.kill(os.getpid(), signal.SIGINT)
+        if self.steps == 60 and not self.evaluates and self.trouble == "kill":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.steps == 60 and not self.evaluates and self.trouble == "break":
+            raise RuntimeError("the game broke")
         if self.steps == 60 and self.trouble == "nan":
             reward = reward * float("nan")
         return reward, torch.rand(self.num_envs, generator=self.generator) < chance
@@ -134,7 +139,7 @@ class Aim(Troubled):
 # environment id -> class and arguments
 TOYS = {"toy": ("Toy", {}), "Toy2": ("Toy", {}), "continuous": ("Toy", {"continuous": True})}
 TOYS |= {"aim": ("Aim", {}), "boundless": ("Aim", {"bounded": False})}
-for _trouble in ("interrupt", "interrupt_evaluation", "nan"):
+for _trouble in ("interrupt", "interrupt_evaluation", "kill", "break", "nan"):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 
 

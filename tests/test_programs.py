@@ -49,7 +49,9 @@ def test_runs_and_evaluates(run, program, env):
 
 # ---- learning ----
 _LOSSES = "critic_loss actor_loss q_taken td_target grad_norm_actor grad_norm_critic".split()
-LOSSES = dict.fromkeys(PROGRAMS, _LOSSES) | {"qmix": ["td_loss", "q_taken", "td_target", "grad_norm"]}
+LOSSES = dict.fromkeys(PROGRAMS, _LOSSES) | {
+    "qmix": ["critic_loss", "q_taken", "td_target", "grad_norm_critic"]
+}
 LOSSES |= dict.fromkeys(("dop_stochastic", "coma", "maac"), [*_LOSSES, "entropy"])
 DECAYS = {  # chart of a schedule -> its value at some steps
     "dop_stochastic": {"epsilon": {4000: 0.5 - 0.45 * 3996 / 50_000}},
@@ -141,7 +143,7 @@ def test_one_step_games_and_actions_played_by_the_environment_are_learnt(run, pr
     assert code == 0 and curves["eval/episodic_return"][-1][1] == 10
     assert curves["charts/episodic_length"][-1][1] == 1 and "win_rate" not in str(curves.keys())
     if program == "qmix":
-        assert curves["losses/td_loss"][-1][1] < 10
+        assert curves["losses/critic_loss"][-1][1] < 10
 
 
 @pytest.mark.parametrize("program", ["dop_stochastic", "coma", "qmix", "masql"])
@@ -221,10 +223,25 @@ def test_evaluate_plays_greedily_and_prints_a_line(run, program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize(("trouble", "step"), [("interrupt", 60 * 4), ("interrupt_evaluation", 200)])
-def test_ctrl_c_saves_and_leaves(run, program, trouble, step):
+@pytest.mark.parametrize(
+    ("trouble", "step"), [("interrupt", 60 * 4), ("interrupt_evaluation", 200), ("kill", 60 * 4)]
+)
+def test_ctrl_c_and_kill_save_and_leave(run, program, trouble, step):
     code, _, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_{trouble}")
     assert code == 130 and checkpoint(folder)["global_step"] == step
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_game_that_breaks_costs_no_training(run, program):
+    code, _, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_break")
+    assert code == f"{program}.py: the game broke; saved {folder}/model.pt"
+    assert checkpoint(folder)["global_step"] == 59 * 4
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_without_evaluations_and_terminal_it_prints_what_it_logs(run, program):
+    assert "\nstep 400, " in run("--eval-every", "0", "--log-every", "400")[1]
+    assert "SPS" not in run()[1]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -241,6 +258,8 @@ MISTAKES = {  # what comes behind which flags
         "--num-envs 0": "--num-envs must be at least 1",
         "--resume nowhere": "nowhere is no run folder",
         "--evaluate nowhere": "nowhere is no run folder",
+        "--resume nowhere --evaluate nowhere": "--resume and --evaluate exclude each other",
+        "--run-dir /dev/null": "cannot write the run folder: ",
         "--env mmmm": "unknown environment 'mmmm'",
     },
     EPISODE: {
@@ -333,7 +352,15 @@ def test_presets_lie_between_defaults_and_flags(parse, monkeypatch, program, pre
     own = {name: x + 1 if type(x) is int else x / 2 for name, x in values.items() if type(x) in (int, float)}
     words = [x for name, value in own.items() for x in (f"--{name.replace('_', '-')}", str(value))]
     assert own and parse(*flags, *words) == Args(**chosen | values | own)
-    if "setting" in chosen:  # an environment's preset beats it
-        monkeypatch.setitem(presets, "aim", {"num_envs": 3, "gamma": 0.9})
-        expected = chosen | values | {"num_envs": 3, "gamma": 0.8}
-        assert parse(*flags, "--gamma", "0.8") == Args(**expected)
+    if "setting" in chosen:  # it beats an environment's preset
+        monkeypatch.setitem(presets, "aim", {"num_envs": 333, "seed": 9, "gamma": 0.9})
+        assert "num_envs" in values
+        assert parse(*flags, "--gamma", "0.8") == Args(**chosen | {"seed": 9} | values | {"gamma": 0.8})
+
+
+@pytest.mark.parametrize("program", ["coma"])
+def test_help_shows_the_presets_in_force(parse, capsys, program):
+    for flags, games in (((), 16), (("--env", "cdm ,n_agents=3"), 8)):
+        with pytest.raises(SystemExit):
+            parse(*flags, "--help")
+        assert f"games played in parallel (default: {games})" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def test_loss_and_targets_equal_a_loop_over_episodes_and_steps(limit):
     assert batch.mask.shape[1] == limit and (limit == 1 or not batch.mask.all())
     td_target, q_tot = targets_oracle(parts)
     logs = qmix.update(*parts)
-    torch.testing.assert_close(logs["td_loss"].item(), (td_target - q_tot).square().mean().item())
+    torch.testing.assert_close(logs["critic_loss"].item(), (td_target - q_tot).square().mean().item())
     torch.testing.assert_close(logs["td_target"].item(), td_target.mean().item())
     torch.testing.assert_close(logs["q_taken"].item(), q_tot.mean().item())
 
@@ -236,8 +236,8 @@ def test_a_step_moves_the_live_networks_only_and_is_clipped():
     logs, clipped = gradients((*parts[:-1], batch._replace(reward=1e4 * batch.reward)))
     after = [part.state_dict() for part in parts[1:5]]
     assert [same(x, y) for x, y in zip(before, after, strict=True)] == [False, False, True, True]
-    assert logs.keys() == {"td_loss", "q_taken", "td_target", "grad_norm"}
-    assert logs["grad_norm"] > 1000
+    assert logs.keys() == {"critic_loss", "q_taken", "td_target", "grad_norm_critic"}
+    assert logs["grad_norm_critic"] > 1000
     assert sum(x.square().sum() for x in clipped).sqrt().item() == pytest.approx(10)
     assert all(x.any() for x in clipped)
 
