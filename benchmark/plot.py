@@ -54,6 +54,17 @@ def parse_args(argv=None):
     return args
 
 
+def load(path):
+    """The content of a file of run_seeds.py; SystemExit where it is none."""
+    try:
+        report = json.loads(path.read_text())
+        if "runs" not in report:
+            raise ValueError("no runs in it")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"plot.py: {path} is no result file of run_seeds.py: {error}") from error
+    return report
+
+
 def interval(values):
     """Mean and half width of the 95% interval over seeds, each (P,), of values (seeds, P)."""
     n = len(values)
@@ -96,7 +107,7 @@ def draw(axes, curves, colour, label):
 
 def main(argv=None):
     args = parse_args(argv)
-    reports = [json.loads(path.read_text()) for path in args.files]
+    reports = [load(path) for path in args.files]
     labels = args.labels or [report["name"] for report in reports]
     envs = list(dict.fromkeys(report["env"] for report in reports))
     colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels))}

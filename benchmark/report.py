@@ -54,7 +54,8 @@ def overview(report):
     steps = cell(report, "step_to_target", "max", digits=0)
     minutes = cell(report, "wall_seconds_to_target", "max", scale=60, digits=1)
     length = number(report["summary"]["steps"]["median"], 0)
-    name = f"[{report['name']}](#{report['name']})"
+    anchor = report["name"].lower().replace(".", "")  # as GitHub makes it from the heading
+    name = f"[{report['name']}](#{anchor})"
     metric = [report["metric"], *fractions, f"{report['target']:g}"]
     return [name, report["env"], len(report["runs"]), length, *metric, steps, minutes]
 

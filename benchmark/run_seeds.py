@@ -5,7 +5,7 @@
 Each seed gets the folder runs/<name>/seed_<n> with log.txt, the run folder of the command and, once it has
 ended well, done.json. A seed with done.json is not run again; anything else in its place is set aside as
 seed_<n>.old_<k>, never deleted. Then the curves go to docs/results/<name>.json, and a line per seed to
-<name>.csv.
+<name>.csv. Nothing is run where these hold another command, or seeds that --seeds leaves out.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ TAGS = [
     "losses/grad_norm_actor",
 ]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+PYTHON = ("python", "python3")  # in a command, the interpreter that runs this script
 PER_RUN = ("seed", "run_dir", "resume", "evaluate")  # not settings of the whole set
 MAX_POINTS = 250  # of a curve in the JSON file; longer ones are averaged in groups
 
@@ -66,6 +68,10 @@ def parse_args(argv=None):
         parser.error(f"--name may have letters, digits, '_', '-' and '.', got {args.name!r}")
     if not args.command and not args.collect_only:
         parser.error("the command to repeat is missing: put it behind ' -- '")
+    if not args.collect_only and args.command[0] not in PYTHON:
+        program = args.command[0]  # a path is looked up from ROOT, where the command runs
+        if not shutil.which(ROOT / program if os.path.dirname(program) else program):
+            parser.error(f"{program!r} is no program that can be run; Python files need 'python' before them")
     if args.workers < 1 or args.threads < 1:
         parser.error("--workers and --threads must be at least 1")
     return args
@@ -94,10 +100,7 @@ def launch(args, seed):
         )
         folder.rename(old)
     folder.mkdir(parents=True)
-    words = [
-        sys.executable if args.command[0] in ("python", "python3") else args.command[0],
-        *args.command[1:],
-    ]
+    words = [sys.executable if args.command[0] in PYTHON else args.command[0], *args.command[1:]]
     words += ["--seed", str(seed), "--exp-name", args.name, "--run-dir", str(folder)]
     variables = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(args.threads)), "PYTHONUNBUFFERED": "1"}
     about = {
@@ -153,19 +156,48 @@ def stop(running, patience=30):
             time.sleep(0.05)
 
 
+def check_results(args):
+    """Exit where a result file holds another command, or seeds that are not asked for now."""
+    path = args.results / f"{args.name}.json"
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())
+    left_out = [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]
+    if old.get("command") != shlex.join(args.command):
+        sys.exit(f"run_seeds.py: {path} is of {old.get('command')!r}; take another --name or delete the file")
+    if left_out:
+        sys.exit(
+            f"run_seeds.py: {path} has more seeds than --seeds asks for ({', '.join(left_out)}); "
+            "ask for them too, take another --name or delete the file"
+        )
+
+
 def run_all(args):
     """Run every seed that is not finished. Returns {seed: exit code} of the failed ones."""
-    waiting, running, failed = [], [], {}
+    waiting, running, failed, elsewhere, now = [], [], {}, [], commit()["commit"]
     for seed in args.seeds:
         done = args.runs / args.name / f"seed_{seed}" / "done.json"
         if not done.exists():
             waiting.append(seed)
-        elif (finished := json.loads(done.read_text())["command"]) != shlex.join(args.command):
-            sys.exit(f"run_seeds.py: seed {seed} of {args.name!r} ran {finished!r}; take another --name")
+            continue
+        about = json.loads(done.read_text())
+        if about["command"] != shlex.join(args.command):
+            sys.exit(
+                f"run_seeds.py: seed {seed} of {args.name!r} ran {about['command']!r}; take another --name"
+            )
+        if about["commit"] != now:
+            elsewhere.append(f"seed {seed} ({(about['commit'] or 'unknown')[:10]})")
+    check_results(args)
     print(
         f"{args.name}: {len(args.seeds) - len(waiting)} of {len(args.seeds)} seeds are already finished",
         flush=True,
     )
+    if elsewhere:
+        print(
+            f"finished at another commit than the present {(now or 'unknown')[:10]}: {', '.join(elsewhere)}; "
+            f"to run one anew, remove its folder {args.runs / args.name}/seed_<n>",
+            flush=True,
+        )
     # both end in KeyboardInterrupt, also where a shell has started this in the background with SIGINT ignored
     handled = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, signal.default_int_handler) for number in handled]

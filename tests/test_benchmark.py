@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, smac, standins, throughput
+from benchmark import report as results_page
 from benchmark import update_speed as speed
 from envs import make
 
@@ -133,6 +134,36 @@ def test_finished_runs_are_not_repeated(bench, capfd):
         bench("1-2", extra=["--sleep", "0.01"])
 
 
+def test_published_results_are_not_replaced(bench, capfd):
+    """As in a fresh clone: the result files are there, the folder of the runs is not."""
+    assert bench("1-2") == 0
+    results = [bench.tmp_path / "results" / f"x.{kind}" for kind in ("json", "csv")]
+    before, clone = [file.read_bytes() for file in results], ["--runs", str(bench.tmp_path / "clone")]
+    with pytest.raises(SystemExit, match=r"x.json is of '.*fake.py'; take another --name or delete the file"):
+        bench("1-2", *clone, extra=["--sleep", "0"])
+    with pytest.raises(SystemExit, match=r"has more seeds than --seeds asks for \(1\); .* delete the file"):
+        bench("2-3", *clone)
+    assert not (bench.tmp_path / "clone").exists() and [file.read_bytes() for file in results] == before
+    assert bench("1-3", *clone) == 0 and json.loads(results[0].read_text())["seeds"] == [1, 2, 3]
+    assert bench("2", "--collect-only") == 0 and json.loads(results[0].read_text())["seeds"] == [2]
+    results[0].write_text(json.dumps({"results": []}))  # of another script
+    with pytest.raises(SystemExit, match="x.json is of None"):
+        bench("1-3")
+
+
+def test_seeds_of_another_commit_are_named(bench, monkeypatch, capfd):
+    assert bench("1-2") == 0 and bench("1-2") == 0
+    assert "another commit" not in capfd.readouterr().out
+    monkeypatch.setattr(run_seeds, "commit", lambda: {"commit": "def", "dirty": False})
+    assert bench("1-3") == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "another commit" in line]
+    folder = bench.tmp_path / "runs" / "x" / "seed_<n>"
+    assert lines == [
+        "finished at another commit than the present def: seed 1 (abc), seed 2 (abc); "
+        f"to run one anew, remove its folder {folder}"
+    ]
+
+
 def test_failed_run_is_kept_and_tried_again(bench, capfd):
     code = bench.tmp_path / "code"
     code.write_text("3")
@@ -172,6 +203,8 @@ def test_command_line_errors(capsys):
         (["--name", "a/b", "--seeds", "1", "--", "true"], "--name may have"),
         (["--name", "x", "--seeds", "one", "--", "true"], "is no list of seeds"),
         (["--name", "x", "--seeds", "1", "--workers", "0", "--", "true"], "must be at least 1"),
+        (["--name", "x", "--seeds", "1", "--", "coma.py"], "Python files need 'python' before them"),
+        (["--name", "x", "--seeds", "1", "--", "./coma.py"], "'./coma.py' is no program"),
     ):
         with pytest.raises(SystemExit) as error:
             run_seeds.main(words)
@@ -208,6 +241,23 @@ def test_plot_writes_a_picture(tmp_path, capsys):
     plot.main([words[0], "--out", str(tmp_path / "minutes.png"), "--x", "minutes"])
     with pytest.raises(SystemExit, match="has no curve 'eval/nothing'"):
         plot.main([words[0], "--tag", "eval/nothing"])
+
+
+def test_plot_refuses_other_files(tmp_path):
+    for content, message in ((None, "No such file"), ("{", "Expecting"), ("{}", "no runs in it")):
+        if content:
+            (tmp_path / "x.json").write_text(content)
+        with pytest.raises(SystemExit, match=f"x.json is no result file of run_seeds.py: .*{message}"):
+            plot.main([str(tmp_path / "x.json")])
+
+
+def test_anchors_of_the_page_are_githubs(tmp_path, bench, monkeypatch, capsys):
+    """GitHub's anchor of a heading is in lower case and without dots."""
+    assert bench("1", "--name", "Set_a-0.2") == 0
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path / "results")
+    results_page.main([])
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "\n## Set_a-0.2\n" in text and "| [Set_a-0.2](#set_a-02) |" in text
 
 
 def test_json_survives_a_round_trip(tmp_path):
