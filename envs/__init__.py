@@ -34,11 +34,11 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`.
 
     Further keyword arguments go to the environment's class. The id may carry some too, behind commas:
-    `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal, or a bare word for a string, and a
-    keyword argument wins over it. `make("pettingzoo:mpe2.simple_spread_v3")` plays any module that has
-    PettingZoo's `parallel_env()`, which gets the arguments that envs.pettingzoo does not know. Raises
-    ValueError for an unknown id, for an argument that is malformed, that the environment does not have or
-    does not take, for less than one game and for a GPU that this machine lacks.
+    `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal, true or false in any case, or a bare
+    word for a string, and a keyword argument wins over it. `make("pettingzoo:mpe2.simple_spread_v3")` plays
+    any module that has PettingZoo's `parallel_env()`, which gets the arguments that envs.pettingzoo does not
+    know. Raises ValueError for an unknown id, for an argument that is malformed, that the environment does
+    not have or does not take, for less than one game and for a GPU that this machine lacks.
     """
     name, *pairs = (part.strip() for part in env_id.split(","))
     prefix, _, path = name.partition(":")
@@ -59,11 +59,15 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     module, cls, arguments = registry[names[name.lower()]]
     cls = getattr(importlib.import_module(module), cls)
     options = dict(_parse(pair, env_id) for pair in pairs) | kwargs
-    has = [option for option in inspect.signature(cls).parameters if option not in _NO_OPTIONS]
+    takes = inspect.signature(cls).parameters
+    has = [option for option in takes if option not in _NO_OPTIONS]
     if foreign:  # anything else may be an argument of the module's
         has += [option for option in options if option not in ("num_envs", "device", "seed", "path")]
     if unknown := [option for option in options if option not in has]:
         raise ValueError(f"{names[name.lower()]} has no argument {unknown[0]!r}; it has {', '.join(has)}")
+    for option, value in options.items():  # any word is true to Python, "no" too
+        if option in takes and type(takes[option].default) is bool and type(value) is not bool:
+            raise ValueError(f"{option} of environment {env_id!r} must be true or false, got {value!r}")
     return cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)
 
 
@@ -73,6 +77,6 @@ def _parse(pair, env_id):
     if not (option and equals and value):
         raise ValueError(f"argument {pair!r} of environment {env_id!r} must read name=value")
     try:
-        return option, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+        return option, ast.literal_eval(value.title() if value.lower() in ("true", "false") else value)
+    except (SyntaxError, TypeError, ValueError):
         return option, value

@@ -157,7 +157,6 @@ class _Arena(_Task):
     """
 
     def __init__(self, n_agents, n_landmarks, timed, silent, dtype, *shared):
-        _require_positive(n_agents=n_agents)
         state_dim = 4 * n_agents + 2 * n_landmarks + timed
         vel, pos, landmark = (
             torch.arange(state_dim - timed).view(-1, 2).split([n_agents, n_agents, n_landmarks])
@@ -209,14 +208,16 @@ class Spread(_Arena):
 
     An agent's reward is (1 - local_ratio) * (minus the sum over landmarks of the distance of the nearest
     agent) + local_ratio * (minus the number of agents that it touches), in `info["agent_rewards"]` (B, N).
-    The team reward is their mean. Raises ValueError for n_agents < 1 and a local_ratio outside 0 to 1.
+    The team reward is their mean. Raises ValueError for n_agents that is no whole number of at least 1 and a
+    local_ratio that is no number from 0 to 1.
     """
 
     def __init__(
         self, num_envs, device, seed, validate=True, discrete=False, n_agents=3, local_ratio=0.5
     ):  # fmt: skip
-        if not 0 <= local_ratio <= 1:
-            raise ValueError(f"local_ratio must be from 0 to 1, got {local_ratio}")
+        _check(n_agents)
+        if type(local_ratio) not in (int, float) or not 0 <= local_ratio <= 1:
+            raise ValueError(f"local_ratio must be a number from 0 to 1, got {local_ratio!r}")
         # mpe2 shows two channels of every other agent, all silent. Its contacts are so stiff that they blow
         # rounding errors up, some a thousandfold: in float32 a game leaves mpe2's path.
         sizes = (n_agents, n_agents, False, 2 * (n_agents - 1), torch.float64)
@@ -245,11 +246,11 @@ class Aggregation(_Arena):
 
     Both are terminal: the penalty is a part of the task. Agents do not collide. `info["battle_won"]` (B,)
     tells success. The positions of the state are relative to the landmark.
-    Raises ValueError for n_agents < 1 and a radius that is not positive.
+    Raises ValueError for n_agents that is no whole number of at least 1 and a radius that is no positive one.
     """
 
     def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.8):
-        _require_positive(radius=radius)
+        _check(n_agents, radius=radius)
         sizes = (n_agents, 1, True, 0, torch.float32)
         super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._radius = radius
@@ -281,14 +282,15 @@ class Mill(_Task):
     `end_on_win` pays and ends as soon as 100 is exceeded, so that a slow win returns more than a fast one.
     obs: omega / 100, sine and cosine of the angle, time / 10, own id. state: the same without the id, and
     whether 100 was exceeded, which is also `info["battle_won"]` (B,).
-    Raises ValueError for n_agents < 1 and a radius or mass that is not positive.
+    Raises ValueError for n_agents that is no whole number of at least 1 and a radius or mass that is no
+    positive number.
     """
 
     def __init__(
         self, num_envs, device, seed, validate=True, discrete=False,
         n_agents=10, radius=0.25, mass=1.0, end_on_win=False,
     ):  # fmt: skip
-        _require_positive(n_agents=n_agents, radius=radius, mass=mass)
+        _check(n_agents, radius=radius, mass=mass)
         super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, num_envs, device, seed, validate, discrete)
         inertia = mass * radius**2 / 2  # of a disc
         self.gain = SENSITIVITY * radius * DT / inertia
@@ -342,10 +344,13 @@ class Mill(_Task):
         return canvas
 
 
-def _require_positive(**values):
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+def _check(n_agents, **positive):
+    # bool is a subclass of int, so isinstance() would let True pass as 1
+    if type(n_agents) is not int or n_agents < 1:
+        raise ValueError(f"n_agents must be a whole number, at least 1, got {n_agents!r}")
+    for name, value in positive.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
 
 
 # ---- pictures ----

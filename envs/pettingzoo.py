@@ -102,8 +102,11 @@ class PettingZoo(VecEnv):
         if self._obs is None:
             raise RuntimeError("call env.reset() before env.render()")
         picture = self._ask("render", {0: ()})[0]
-        if picture is None:
-            raise RuntimeError(f"pettingzoo:{self._path} draws no picture: its render() returned None")
+        if np.ndim(picture) != 3:
+            kind = type(picture).__name__
+            raise RuntimeError(
+                f"pettingzoo:{self._path} draws no picture (H, W, 3): render() returned {kind}"
+            )
         return np.asarray(picture, np.uint8)
 
     def _restart(self, done):
@@ -141,14 +144,14 @@ class PettingZoo(VecEnv):
         try:
             for worker in asked:
                 # a worker that failed to build its games has left, and its message waits below
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                with contextlib.suppress(OSError):
                     self._pipes[worker].send((command, orders[worker]))
             for worker in asked:
                 answer = self._pipes[worker].recv()
                 if isinstance(answer, Exception):
                     raise answer
                 answers |= answer
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: within a message
             self._workers[worker].join(5)
             died = f"worker process {worker} died (exit code {self._workers[worker].exitcode})"
             self.close()
@@ -173,20 +176,22 @@ def _release(pipes, workers):
 def _work(pipe, path, arguments, share):
     """Body of a worker process: the games `share`, as the pipe says, until it says None or breaks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, which saves, then closes
-    games = {}
+    games, number = {}, None
     try:
         for number in share:
             games[number] = _Game(path, arguments, drawn=number == 0)
         while order := pipe.recv():
-            command, calls = order
-            pipe.send({number: getattr(games[number], command)(*call) for number, call in calls.items()})
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the learner is gone
+            (command, calls), answers = order, {}
+            for number, call in calls.items():
+                answers[number] = getattr(games[number], command)(*call)
+            pipe.send(answers)
     except Exception as error:
         if not isinstance(error, Unfit):
-            error = RuntimeError(f"pettingzoo:{path} failed in a worker: {type(error).__name__}: {error}")
+            sentence = " ".join(f"{type(error).__name__}: {error}".split())
+            error = RuntimeError(f"pettingzoo:{path}: game {number} failed: {sentence}")
             error.add_note(traceback.format_exc())
-        pipe.send(error)
+        with contextlib.suppress(OSError):  # the learner is gone, or another worker's error has come first
+            pipe.send(error)
     finally:
         for game in games.values():
             game.env.close()

@@ -146,12 +146,24 @@ def test_no_bias_by_default():
         ("cdm,guided_share=True", "guided_share must be a number from 0 to 1, got True"),
         ("cdm,first_action=1.0", "first_action must be a number from 0 to less than 1, got 1.0"),
         ("cdm,first_action=nan", "first_action must be a number from 0 to less than 1, got 'nan'"),
+        ("cdm,n_agents={[1]}", "n_agents must be a whole number, at least 1, got '{\\[1\\]}'"),
+        ("cdm,validate=no", "validate of environment 'cdm,validate=no' must be true or false, got 'no'"),
+        ("3m,compile=0", "compile of environment '3m,compile=0' must be true or false, got 0"),
+        ("3m,compile='true'", "compile of environment .* must be true or false, got 'true'"),
+        ("mill,end_on_win=none", "end_on_win of environment .* must be true or false, got 'none'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(env_id, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         make(env_id)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["true", "True", "TRUE", "false", "False", "fAlse"])
+def test_true_and_false_in_any_case_are_booleans(word):
+    assert make(f"cdm,validate={word}").validate is (word.lower() == "true")
+    env = make(f"mill,discrete={word}")
+    assert isinstance(env.single_action_space, spaces.MultiDiscrete) == (word.lower() == "true")
 
 
 def test_render():

@@ -396,6 +396,28 @@ def test_bad_arguments(task, kwargs):
         build(task, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "env_id, sentence",
+    [
+        ("spread,n_agents=abc", "n_agents must be a whole number, at least 1, got 'abc'"),
+        ("mill,n_agents=2.0", "n_agents must be a whole number, at least 1, got 2.0"),
+        ("mill,n_agents=True", "n_agents must be a whole number, at least 1, got True"),
+        ("aggregation,n_agents=1e9", "n_agents must be a whole number, at least 1, got 1000000000.0"),
+        ("spread,local_ratio=abc", "local_ratio must be a number from 0 to 1, got 'abc'"),
+        ("spread,local_ratio=true", "local_ratio must be a number from 0 to 1, got True"),
+        ("aggregation,radius=abc", "radius must be a positive, finite number, got 'abc'"),
+        ("mill,radius=[1]", "radius must be a positive, finite number, got [1]"),
+        ("mill,radius=1e400", "radius must be a positive, finite number, got inf"),
+        ("mill,mass=abc", "mass must be a positive, finite number, got 'abc'"),
+        ("mill,mass=True", "mass must be a positive, finite number, got True"),
+    ],
+)
+def test_arguments_of_the_wrong_type(env_id, sentence):
+    with pytest.raises(ValueError) as caught:
+        make(env_id)
+    assert str(caught.value) == sentence
+
+
 def test_one_agent_alone():
     for task in TASKS:
         env = build(task, 2, n_agents=1)

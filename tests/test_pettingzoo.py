@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,8 @@ class Toy(ParallelEnv):
         return self.acts[agent]
 
     def reset(self, seed=None, options=None):
+        if self.kind == "lost" and seed is None:
+            raise KeyError("map")
         self.rng = np.random.default_rng(seed) if seed is not None else self.rng
         self.agents, self.clock = list("abc"), 0
         self.start = self.rng.integers(100)
@@ -74,6 +78,8 @@ class Toy(ParallelEnv):
         assert list(actions) == self.agents
         if self.kind == "crash" and self.clock == 1:
             raise ZeroDivisionError("no ground")
+        if self.kind == "hangup" and self.clock == 1:
+            raise ConnectionResetError("the game\n hung up")
         if self.kind == "death" and self.clock == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         self.clock += 1
@@ -88,7 +94,10 @@ class Toy(ParallelEnv):
         return obs, rewards, terminated, truncated, infos
 
     def render(self):
-        return None if self.kind == "continuous" else np.full((4, 6, 3), self.clock, np.uint8)
+        if self.kind == "blind":
+            raise OSError("no display")
+        picture = np.full((4, 6, 3), self.clock, np.uint8)
+        return {"continuous": None, "state": "x.o"}.get(self.kind, picture)
 
 
 class ToyWithState(Toy):
@@ -213,7 +222,7 @@ def test_continuous_actions_are_padded_and_in_their_true_bounds(build):
     torch.testing.assert_close(info["agent_rewards"], torch.tensor([[2, 0.3, 2]]))
     with pytest.raises(ValueError, match="game 0, agent 1"):
         env.step(torch.full((1, 3, 3), -0.5))
-    with pytest.raises(RuntimeError, match="draws no picture"):
+    with pytest.raises(RuntimeError, match=r"draws no picture \(H, W, 3\): render\(\) returned NoneType"):
         env.render()
 
 
@@ -226,6 +235,8 @@ def test_state_clock_and_ends(build):
         assert not terminated.any() and truncated.tolist() == [step == 3] * 2
         assert info["final_state"][:, 1].tolist() == [(step - 1) % 3 + 1] * 2
         assert env.state()[:, 1].tolist() == [step % 3] * 2
+    with pytest.raises(RuntimeError, match=r"draws no picture \(H, W, 3\): render\(\) returned str"):
+        env.render()
     env = build(TOY, kind="win")
     env.reset()
     assert env.episode_limit == 7
@@ -277,7 +288,8 @@ def test_without_pettingzoo(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("crash", "pettingzoo:test_pettingzoo failed in a worker: ZeroDivisionError: no ground"),
+        ("crash", "pettingzoo:test_pettingzoo: game 0 failed: ZeroDivisionError: no ground"),
+        ("hangup", "pettingzoo:test_pettingzoo: game 0 failed: ConnectionResetError: the game hung up"),
         ("death", "pettingzoo:test_pettingzoo: worker process 0 died (exit code -9)"),
     ],
 )
@@ -295,6 +307,46 @@ def test_workers_that_fail_end_all(build, kind, message):
     assert not any(worker.is_alive() for worker in workers) and env.closed
     with pytest.raises(RuntimeError, match="is closed"):
         env.reset()
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "message"),
+    [
+        ("lost", lambda env: (env.reset(), env.reset()), "game 0 failed: KeyError: 'map'"),
+        ("blind", lambda env: (env.reset(), env.render()), "game 0 failed: OSError: no display"),
+    ],
+)
+def test_reset_and_render_that_fail(build, kind, call, message):
+    env = build(TOY, num_envs=2, processes=2, kind=kind)
+    with pytest.raises(RuntimeError) as caught:
+        call(env)
+    assert str(caught.value) == f"pettingzoo:test_pettingzoo: {message}" and env.closed
+
+
+def test_a_worker_that_dies_within_a_message(build, monkeypatch):
+    env = build(TOY)
+
+    def recv():
+        raise OSError("got end of file during message")  # as multiprocessing has it
+
+    monkeypatch.setattr(env._pipes[0], "recv", recv)
+    env._workers[0].kill()
+    with pytest.raises(RuntimeError, match="worker process 0 died"):
+        env.reset()
+
+
+@pytest.mark.parametrize("env_id", ["pettingzoo:math", f"{TOY},kind=text"])
+def test_no_worker_of_an_unfit_environment_prints(env_id):
+    # A program of its own: the server that starts the workers keeps the stderr that it was born with.
+    code = (
+        f"import envs\ntry: envs.make({env_id!r}, num_envs=4, processes=4)\nexcept ValueError as e: print(e)"
+    )
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, (root, root / "tests")))
+    command, variables = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": path}
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert ended.stdout.startswith("pettingzoo:") and ended.stdout.count("\n") == 1
+    assert "Traceback" not in ended.stderr
 
 
 def test_workers_end_with_close_and_with_the_environment(build):
