@@ -444,6 +444,9 @@ if __name__ == "__main__":
         options = {"compile": True} if args.compile and not args.evaluate else {}
         env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
+        if args.capture_video:  # whoever draws no pictures says so now, not at the first evaluation
+            eval_env.reset()
+            eval_env.render()
     except (ValueError, RuntimeError) as error:
         fail(error)
     generator = torch.Generator(device).manual_seed(args.seed)

@@ -36,8 +36,8 @@ LOW, HIGH = torch.tensor([[[-1.0, -2.0], [0, 1], [-5, -1]], [[3, -1], [1, 2], [-
 class Troubled(VecEnv):
     """Games that end at random or by the clock, and in which `trouble` may come at step 60.
 
-    It is "interrupt" (Ctrl-C), "kill", "break" (an error of the game), "nan" (rewards of that step) or
-    "interrupt_evaluation", at its step 3.
+    It is "interrupt" (Ctrl-C), "kill", "break" (an error of the game), "nan" (rewards of that step),
+    "interrupt_evaluation", at its step 3, or "blind" (no pictures at all).
     """
 
     def __init__(self, num_envs, space, device, seed, trouble):
@@ -89,6 +89,8 @@ class Toy(Troubled):
         return obs, state, avail_actions
 
     def render(self):
+        if self.trouble == "blind":
+            raise RuntimeError("it draws no picture")
         return np.full((8, 8, 3), 10 * self.time[0].item(), np.uint8)
 
 
@@ -133,13 +135,15 @@ class Aim(Troubled):
         Aim.last, Aim.program = self, sys._getframe(1).f_globals
 
     def render(self):
+        if self.trouble == "blind":
+            raise RuntimeError("it draws no picture")
         return np.zeros((8, 8, 3), np.uint8)
 
 
 # environment id -> class and arguments
 TOYS = {"toy": ("Toy", {}), "Toy2": ("Toy", {}), "continuous": ("Toy", {"continuous": True})}
 TOYS |= {"aim": ("Aim", {}), "boundless": ("Aim", {"bounded": False})}
-for _trouble in ("interrupt", "interrupt_evaluation", "kill", "break", "nan"):
+for _trouble in ("interrupt", "interrupt_evaluation", "kill", "break", "blind", "nan"):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 
 

@@ -239,6 +239,12 @@ def test_a_game_that_breaks_costs_no_training(run, program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_video_of_a_game_without_pictures_is_refused_at_once(run, program):
+    code, _, folder = run("--capture-video", env=f"{toy_of(program)}_blind")
+    assert code == f"{program}.py: it draws no picture" and folder is None
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_without_evaluations_and_terminal_it_prints_what_it_logs(run, program):
     assert "\nstep 400, " in run("--eval-every", "0", "--log-every", "400")[1]
     assert "SPS" not in run()[1]
