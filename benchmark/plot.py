@@ -44,6 +44,7 @@ def parse_args(argv=None):
     parser.add_argument("--labels", nargs="+", help="one per file instead of its name")
     parser.add_argument("--tag", default="eval/win_rate", help="which curve")
     parser.add_argument("--x", choices=AXES, default="step", help="horizontal axis")
+    parser.add_argument("--until", type=float, help="where the horizontal axis ends")
     parser.add_argument("--hline", type=float, help="a dashed line at this height, such as a paper's number")
     parser.add_argument(
         "--out", type=Path, help="PNG file; default docs/results/<name of the first file>.png"
@@ -126,6 +127,8 @@ def main(argv=None):
             axes.axhline(args.hline, color="grey", linestyle="--", linewidth=1)
         if args.tag.endswith("win_rate"):
             axes.set_ylim(-0.03, 1.03)
+        if args.until:
+            axes.set_xlim(0, args.until)
         axes.set_title(", ".join([env or "?", *sorted(engine for engine in engines if engine)]), fontsize=10)
         axes.set_xlabel(AXES[args.x])
         if args.x == "step":

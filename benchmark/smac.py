@@ -81,7 +81,8 @@ def main(argv=None):
         lengths = [report["summary"]["steps"]["min"] for report in reports.values()]
         rows = [row(title, report, min(lengths)) for title, report in reports.items()]
         parts += [f"## {name}, {min(lengths):,} steps", markdown_table(header, rows).strip()]
-        parts += [f"![{name}](smac_{name}.png)"] if (RESULTS / f"smac_{name}.png").exists() else []
+        for picture in (f"smac_{name}", f"smac_{name}_training"):
+            parts += [f"![{picture}]({picture}.png)"] if (RESULTS / f"{picture}.png").exists() else []
         sources += [source(report) for report in reports.values()]
     longer = {title: RESULTS / f"{name}.json" for name, title in LONGER.items()}
     longer = {title: json.loads(path.read_text()) for title, path in longer.items() if path.exists()}

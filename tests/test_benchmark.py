@@ -232,7 +232,8 @@ def test_plot_writes_a_picture(tmp_path, capsys):
         report = {"name": f"set_{k}", "env": env, "engine": "embedded simulator", "runs": runs}
         files[-1].write_text(json.dumps(report))
     words = [str(file) for file in files]
-    out = plot.main([*words, "--out", str(tmp_path / "pictures" / "p.png"), "--hline", "0.9"])
+    out = tmp_path / "pictures" / "p.png"
+    assert plot.main([*words, "--out", str(out), "--hline", "0.9", "--until", "900"]) == out
     with Image.open(out) as image:
         assert image.format == "PNG" and image.width > 800 and image.height > 300
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100  # something is drawn
