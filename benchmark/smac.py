@@ -27,7 +27,11 @@ METHODS = {
     "coma": "COMA",
     "qmix": "QMIX",
 }
-LONGER = {"dop_2s3z_500k": "DOP on 2s3z", "dop_on_policy_3m_500k": "DOP, on-policy only, on 3m"}
+LONGER = {
+    "dop_2s3z_500k": "DOP on 2s3z",
+    "coma_2s3z_500k": "COMA on 2s3z",
+    "dop_on_policy_3m_500k": "DOP, on-policy only, on 3m",
+}
 TARGET = 0.9
 LOSSES = {"losses/entropy": "entropy", "losses/grad_norm_actor": "actor's gradient"}  # where collected
 
