@@ -90,10 +90,12 @@ def main(argv=None):
         sources += [source(report) for report in reports.values()]
     longer = {title: RESULTS / f"{name}.json" for name, title in LONGER.items()}
     longer = {title: json.loads(path.read_text()) for title, path in longer.items() if path.exists()}
-    for title, report in longer.items():
-        limit = report["summary"]["steps"]["min"]
-        parts += [f"## {title}, {limit:,} steps", markdown_table(header, [row(title, report, limit)]).strip()]
-        sources.append(source(report))
+    rows = [
+        row(f"{title}, {(steps := report['summary']['steps']['min']):,} steps", report, steps)
+        for title, report in longer.items()
+    ]
+    parts += ["## Longer runs", markdown_table(header, rows).strip()] if rows else []
+    sources += [source(report) for report in longer.values()]
     if not sources:
         sys.exit("smac.py: docs/results has no two sets of runs of one map to compare yet")
     parts += ["Sources:", "\n".join(sources)]
