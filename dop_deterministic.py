@@ -125,11 +125,11 @@ class Args:
 PRESETS = {
     "paper": dict(
         num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1024, tau=0.01,
-        actor_lr=5e-4, critic_lr=5e-4,
+        actor_lr=5e-4, critic_lr=5e-4, gamma=0.99, policy_delay=2,
     ),
     "appendix": dict(
         num_envs=1, update_every=1, critic_hidden_dim=256, batch_size=1250, buffer_size=10_000, tau=0.01,
-        actor_lr=5e-3, critic_lr=5e-3,
+        actor_lr=5e-3, critic_lr=5e-3, gamma=0.99, policy_delay=2,
     ),
     "aggregation": dict(
         total_timesteps=500_000, warmup_steps=100_000, eval_every=20_000, log_every=5_000,

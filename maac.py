@@ -120,7 +120,7 @@ class Args:
 
 # environment id -> what differs from the defaults
 PRESETS = {
-    # particle tasks: games, replay, updates and targets of dop_deterministic.py, learning rates as published
+    # particle tasks: games, replay, critic updates, tau of dop_deterministic.py, learning rates as published
     "aggregation": dict(
         total_timesteps=500_000, num_envs=32, eval_every=20_000, log_every=5_000, tau=0.05, batch_size=256,
         buffer_size=250_000, warmup_steps=100_000, update_every=32,

@@ -127,7 +127,7 @@ PRESETS = {
         actor_lr=1e-4, critic_lr=1e-3, critic_weight_decay=1e-2, gamma=0.99, tau=1e-3, hidden_dim=100,
         final_init=3e-3, max_grad_norm=0, batch_size=64, warmup_steps=1_000, update_every=1, reward_scale=0.1,
     ),
-    # particle tasks: games, replay, updates and targets of dop_deterministic.py, learning rates of [DDPG]
+    # particle tasks: games, replay, critic updates, tau of dop_deterministic.py, learning rates of [DDPG]
     "aggregation": dict(
         total_timesteps=500_000, num_envs=32, eval_every=20_000, log_every=5_000, actor_lr=1e-4,
         critic_lr=1e-3, tau=0.05, batch_size=256, buffer_size=250_000, warmup_steps=100_000, update_every=32,

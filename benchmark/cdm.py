@@ -4,7 +4,7 @@
 
 Reads the files cdm_<protocol>_<method>.json that run_seeds.py wrote (docs/benchmark.md has the commands and
 the protocols). An evaluation returns 10 or -10. Found: 10 in at least one evaluation. Held: 10 in
-each of the last five. Lost: found and not held.
+each of the last five. Lost: found and not held. Never left: 10 in each evaluation after the first with 10.
 """
 
 import argparse
@@ -19,15 +19,17 @@ from benchmark.common import RESULTS, markdown_table, source, success_rate
 METHODS = {
     "dop": "DOP", "dop_on_policy": "DOP, on-policy only", "coma": "COMA", "maddpg": "MADDPG",
     "dop_deterministic": "deterministic DOP", "maac": "MAAC", "qmix": "QMIX",
+    "coma_4": "COMA, an iteration per 4 games, not 8", "maddpg_128": "MADDPG, replay of 128 steps",
 }  # fmt: skip
 LAST = 5  # evaluations
 
 
 def outcomes(report):
-    """(found, held) per run."""
+    """(found, held, never left) per run."""
     for run in report["runs"]:
         optimal = [value > 9 for value in run["curves"]["eval/episodic_return"]["value"]]
-        yield any(optimal), all(optimal[-LAST:])
+        first = optimal.index(True) if any(optimal) else None
+        yield any(optimal), all(optimal[-LAST:]), first is not None and all(optimal[first:])
 
 
 def main(argv=None):
@@ -43,19 +45,19 @@ def main(argv=None):
         sys.exit("cdm.py: docs/results has no cdm_<protocol>_<method>.json yet")
     parts = [
         "# The mismatch game",
-        "Written by `python benchmark/cdm.py`; its docstring says what found, held and",
+        "Written by `python benchmark/cdm.py`; its docstring says what the columns mean. Rates with Wilson's "
+        "95% interval.",
     ]
-    parts[-1] += " lost mean. Rates with Wilson's 95% interval."
     for protocol, methods in protocols.items():
         env = next(iter(methods.values()))["env"]
         rows = []
         for method in (name for name in METHODS if name in methods):
             results = list(outcomes(methods[method]))
-            held, found = [held for _, held in results], [found for found, _ in results]
-            lost = [found and not held for found, held in results]
-            rows.append([METHODS[method], *map(success_rate, (held, found, lost))])
+            found, held, kept = zip(*results, strict=True)
+            lost = [found and not held for found, held, _ in results]
+            rows.append([METHODS[method], *map(success_rate, (held, found, lost, kept))])
         picture = [f"![{protocol}](cdm_{protocol}.png)"] if (RESULTS / f"cdm_{protocol}.png").exists() else []
-        table = markdown_table(["", "held", "found", "lost"], rows).strip()
+        table = markdown_table(["", "held", "found", "lost", "never left"], rows).strip()
         parts += [f"## {protocol}: `{env}`", table, *picture]
     parts += ["Sources:", "\n".join(source(report) for report in reports.values())]
     (RESULTS / "cdm.md").write_text("\n\n".join(parts) + "\n")

@@ -2,9 +2,9 @@
 
     python benchmark/particles.py
 
-Reads the files <algorithm>_<task>.json that run_seeds.py wrote (docs/benchmark.md has the commands); sets
-that are missing are left out. On spread it adds teams that play by hand-written rules, and returns of known
-implementations in the unit of this repository.
+Reads the files <algorithm>_<task>.json, and the variants in TASKS, that run_seeds.py wrote (docs/benchmark.md
+has the commands); sets that are missing are left out. On spread it adds teams that play by hand-written
+rules, and returns of known implementations in the unit of this repository.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.2.
 """
 

@@ -3,9 +3,10 @@
     python benchmark/smac.py
 
 Reads the files that run_seeds.py wrote (docs/benchmark.md has the commands). Curves are cut to the steps that
-all methods of a map have. Best, final, last fifth (mean over the evaluations after 80% of these steps) are
-greedy win rates; training is the win rate of the exploring policies in the same last fifth. Battles of a map
-begin alike, so that greedy teams win nearly all of them or nearly none; training shows the trend.
+all methods of a map have; longer runs stand apart, uncut. Best, final, last fifth (mean over the evaluations
+after 80% of these steps) are greedy win rates; training is the win rate of the exploring policies in the same
+last fifth. Battles of a map begin alike, so that greedy teams often win nearly all or nearly none; training
+shows the trend.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def main(argv=None):
         f"{ENGINE.capitalize()}: not StarCraft II.\nMedian over seeds (worst seed); of every seed the first "
         f"evaluation of at least {TARGET:g}, and at the end entropy and norm of the actor's gradient.\n"
         "Training: win rate of the exploring policies. Battles of a map begin alike, so that greedy teams "
-        "win nearly all\nor nearly none of them; training shows the trend."
+        "often win\nnearly all or nearly none of them; training shows the trend."
     ]
     sources = []
     header = ["method", "seeds", "best", "final", "last fifth", "training", f"steps to {TARGET:g}"]

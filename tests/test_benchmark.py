@@ -475,7 +475,7 @@ def test_cdm_counts_found_held_and_lost(tmp_path, monkeypatch, capsys):
         [10.0] * 6,
         [10.0, -10, 10, 10, 10, 10],
         [-10.0] * 6,
-    ]  # held; lost within the last five; neither
+    ]  # held and never left; lost within the last five; neither
     runs = [{"curves": {"eval/episodic_return": {"value": x}}, "commit": "abc"} for x in curves]
     facts = dict(name="cdm_guided_coma", command="python coma.py", env="cdm", date="today", workers=2)
     monkeypatch.setattr(cdm, "RESULTS", tmp_path)
@@ -483,8 +483,8 @@ def test_cdm_counts_found_held_and_lost(tmp_path, monkeypatch, capsys):
         cdm.main([])
     common.write_json(tmp_path / "cdm_guided_coma.json", facts | dict(runs=runs, hardware={}, seeds=[1, 3]))
     cdm.main([])
-    held, found, lost = (common.success_rate([i < n for i in range(3)]) for n in (1, 2, 1))
-    assert f"| COMA | {held} | {found} | {lost} |" in (tmp_path / "cdm.md").read_text()
+    held, found, lost, kept = (common.success_rate([i < n for i in range(3)]) for n in (1, 2, 1, 1))
+    assert f"| COMA | {held} | {found} | {lost} | {kept} |" in (tmp_path / "cdm.md").read_text()
 
 
 def test_smac_cuts_curves_to_equal_steps(tmp_path, monkeypatch, capsys):
