@@ -386,9 +386,13 @@ def update(args, actor, mixer, actor_target, mixer_target, optimizer, batch):
         td_target = td_targets(batch.reward[mask], batch.terminated[mask], next_q_tot, args.gamma)
     assert td_target.shape == q_tot.shape
     # Eq. 6 of [QMIX]: L = (y - Q_tot)^2, a mean over the transitions
-    td_loss = (td_target - q_tot).square().mean()
-    grad_norm = descend(optimizer, td_loss, 10.0)  # official code
-    logs = {"critic_loss": td_loss.detach(), "q_taken": q_tot.detach().mean(), "td_target": td_target.mean()}
+    critic_loss = (td_target - q_tot).square().mean()
+    grad_norm = descend(optimizer, critic_loss, 10.0)  # official code
+    logs = {
+        "critic_loss": critic_loss.detach(),
+        "q_taken": q_tot.detach().mean(),
+        "td_target": td_target.mean(),
+    }
     return logs | {"grad_norm_critic": grad_norm}
 
 

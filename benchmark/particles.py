@@ -27,7 +27,6 @@ ALGORITHMS = {"dop": "deterministic DOP", "maddpg": "MADDPG", "maac": "MAAC"}
 # task -> more sets of runs -> their labels
 TASKS = {
     "aggregation": {"dop_aggregation_replay_10k": "deterministic DOP, replay of 10,000"},
-    "aggregation_hard": {},
     "mill": {"dop_mill_replay_10k": "deterministic DOP, replay of 10,000"},
     "spread": {
         "dop_spread_discount": "deterministic DOP, slower actors",
@@ -192,9 +191,6 @@ CLAIMS = {
     "aggregation": """[DOP] (Wang et al., ICLR 2021, section 5.2) has curves only (Fig. 4), of 12 seeds. It
 says that MADDPG and MAAC find rewarding configurations but quickly diverge, and that deterministic DOP
 converges with stability.""",
-    "aggregation_hard": """Within 0.5 of the landmark, not 0.8: a random team succeeds so rarely
-([scripted teams](scripted_particles.md)) that a replay of 250,000 transitions holds a handful of
-successes.""",
     "mill": """[DOP] has curves only (Fig. 4), of 12 seeds. It says that deterministic DOP
 outperforms MADDPG and MAAC.""",
     "spread": """Not a task of [DOP]. Greedy return per episode in our unit: the reward of a step is

@@ -8,6 +8,13 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 
+def require_whole(low=1, **values):
+    """ValueError for an argument of an environment that is no int, or less than `low`."""
+    for name, value in values.items():
+        if type(value) is not int or value < low:  # isinstance() would let True pass as 1
+            raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
+
+
 class VecEnv(gymnasium.vector.VectorEnv):
     """B cooperative games of N agents; every array is a torch tensor on `device`.
 

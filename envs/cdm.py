@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from envs.base import VecEnv
+from envs.base import VecEnv, require_whole
 
 
 class CDM(VecEnv):
@@ -33,13 +33,9 @@ class CDM(VecEnv):
         self, num_envs, device, seed, validate=True, n_agents=10, n_actions=10, guided_share=0.0,
         guided_steps=0, first_action=0.0,
     ):  # fmt: skip
-        for name, value, low in (
-            ("n_agents", n_agents, 1),
-            ("n_actions", n_actions, 2),
-            ("guided_steps", guided_steps, 0),
-        ):
-            if type(value) is not int or value < low:
-                raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
+        require_whole(n_agents=n_agents)
+        require_whole(2, n_actions=n_actions)
+        require_whole(0, guided_steps=guided_steps)
         if type(guided_share) not in (int, float) or not 0 <= guided_share <= 1:
             raise ValueError(f"guided_share must be a number from 0 to 1, got {guided_share!r}")
         if type(first_action) not in (int, float) or not 0 <= first_action < 1:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium import spaces
 
-from envs.base import VecEnv
+from envs.base import VecEnv, require_whole
 
 DT, DAMPING = 0.1, 0.25  # time of a step; share of the velocity that is lost in it
 SENSITIVITY = 5.0  # force of a full action
@@ -215,7 +215,7 @@ class Spread(_Arena):
     def __init__(
         self, num_envs, device, seed, validate=True, discrete=False, n_agents=3, local_ratio=0.5
     ):  # fmt: skip
-        _check(n_agents)
+        require_whole(n_agents=n_agents)
         if type(local_ratio) not in (int, float) or not 0 <= local_ratio <= 1:
             raise ValueError(f"local_ratio must be a number from 0 to 1, got {local_ratio!r}")
         # mpe2 shows two channels of every other agent, all silent. Its contacts are so stiff that they blow
@@ -250,7 +250,8 @@ class Aggregation(_Arena):
     """
 
     def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.8):
-        _check(n_agents, radius=radius)
+        require_whole(n_agents=n_agents)
+        _require_positive(radius=radius)
         sizes = (n_agents, 1, True, 0, torch.float32)
         super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._radius = radius
@@ -290,7 +291,8 @@ class Mill(_Task):
         self, num_envs, device, seed, validate=True, discrete=False,
         n_agents=10, radius=0.25, mass=1.0, end_on_win=False,
     ):  # fmt: skip
-        _check(n_agents, radius=radius, mass=mass)
+        require_whole(n_agents=n_agents)
+        _require_positive(radius=radius, mass=mass)
         super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, num_envs, device, seed, validate, discrete)
         inertia = mass * radius**2 / 2  # of a disc
         self.gain = SENSITIVITY * radius * DT / inertia
@@ -344,11 +346,8 @@ class Mill(_Task):
         return canvas
 
 
-def _check(n_agents, **positive):
-    # bool is a subclass of int, so isinstance() would let True pass as 1
-    if type(n_agents) is not int or n_agents < 1:
-        raise ValueError(f"n_agents must be a whole number, at least 1, got {n_agents!r}")
-    for name, value in positive.items():
+def _require_positive(**values):
+    for name, value in values.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
 

@@ -20,7 +20,7 @@ import torch
 from gymnasium import spaces
 
 from envs import make
-from envs.base import VecEnv
+from envs.base import VecEnv, require_whole
 
 try:
     from pettingzoo import ParallelEnv
@@ -59,8 +59,8 @@ class PettingZoo(VecEnv):
         if team_reward not in ("mean", "sum"):
             raise ValueError(f"team_reward must be 'mean' or 'sum', got {team_reward!r}")
         for name, value in (("episode_limit", episode_limit), ("processes", processes)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+            if value is not None:
+                require_whole(**{name: value})
         self._path, self._mean = path, team_reward == "mean"
         n_workers = min(num_envs, processes or os.cpu_count())
         self._shares = [range(worker, num_envs, n_workers) for worker in range(n_workers)]

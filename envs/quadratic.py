@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from envs.base import VecEnv
+from envs.base import VecEnv, require_whole
 
 SIDE, LEFT, TOP, MAP = 320, 36, 10, 274  # pixels of the picture: side, left and upper margin, side of the map
 BANDS = 25  # of reward
@@ -42,8 +42,7 @@ class Quadratic(VecEnv):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
             if name in ("bound", "s1", "s2") and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if type(episode_limit) is not int or episode_limit < 1:
-            raise ValueError(f"episode_limit must be a whole number, at least 1, got {episode_limit!r}")
+        require_whole(episode_limit=episode_limit)
         space = spaces.Box(-bound, bound, (2, 1), np.float32)
         super().__init__(num_envs, 2, 1, 2, episode_limit, space, device, seed, validate)
         self._centres = torch.tensor([[x1, y1], [x2, y2]], dtype=torch.float32, device=self.device)  # (2, 2)
