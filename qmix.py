@@ -388,12 +388,8 @@ def update(args, actor, mixer, actor_target, mixer_target, optimizer, batch):
     # Eq. 6 of [QMIX]: L = (y - Q_tot)^2, a mean over the transitions
     critic_loss = (td_target - q_tot).square().mean()
     grad_norm = descend(optimizer, critic_loss, 10.0)  # official code
-    logs = {
-        "critic_loss": critic_loss.detach(),
-        "q_taken": q_tot.detach().mean(),
-        "td_target": td_target.mean(),
-    }
-    return logs | {"grad_norm_critic": grad_norm}
+    logs = {"critic_loss": critic_loss.detach(), "grad_norm_critic": grad_norm}
+    return logs | {"q_taken": q_tot.detach().mean(), "td_target": td_target.mean()}
 
 
 if __name__ == "__main__":
