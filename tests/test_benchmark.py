@@ -12,7 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, smac, standins, throughput
+from benchmark import (
+    cdm,
+    common,
+    diffs,
+    plot,
+    quadratic,
+    run_seeds,
+    scripted,
+    smac,
+    standins,
+    throughput,
+    training_speed,
+)
 from benchmark import report as results_page
 from benchmark import update_speed as speed
 from envs import make
@@ -377,6 +389,15 @@ def test_throughput_beside_a_peer(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(throughput.PEERS, "smax", ("throughput_smax.py", "nothing", "1.0", ()))
     with pytest.raises(SystemExit, match="has no nothing, install it with: .* -m pip install nothing==1.0"):
         throughput.main([*words, "--peer", "smax"])
+
+
+def test_training_speed_runs_two_trees(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_speed, "RESULTS", tmp_path)
+    flags = "dop_stochastic.py --env cdm --total-timesteps 40 --eval-every 0".split()
+    training_speed.main(["--tree", str(common.ROOT), "--", *flags])
+    results = json.loads((tmp_path / "training_speed.json").read_text())["results"]
+    assert all(x["steps"] == 10 and 0 < x["step_seconds"] < x["seconds"] for x in results.values())
+    assert "| this commit | " in (tmp_path / "training_speed.md").read_text()
 
 
 def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
