@@ -83,6 +83,9 @@ class VecEnv(gymnasium.vector.VectorEnv):
             raise RuntimeError("call env.reset() before the first env.step()")
         if self.validate:
             self._check(actions)
+        return self._step(actions)
+
+    def _step(self, actions):
         reward, terminated, info = self._advance(actions)
         self._episode_return = self._episode_return + reward
         self._episode_length = self._episode_length + 1
