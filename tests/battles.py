@@ -43,6 +43,8 @@ class Units:
 
     _fields = FIELDS
 
+    size = UNIT.itemsize  # bytes of one
+
     def __init__(self, memory):
         self.memory = memory  # (B, U, bytes)
         self.__dict__.update(vars(fields(memory)))
