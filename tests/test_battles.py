@@ -1,4 +1,4 @@
-"""The engine against battles of all 23 maps, played and recorded by its predecessor in torch (data/README.md)."""
+"""The engine against recorded battles of all 23 maps, from its predecessor in torch (data/README.md)."""
 
 from pathlib import Path
 

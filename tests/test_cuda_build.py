@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs, on machines without one too; whether they run there is for `--device cuda`."""
+"""The kernels compile for GPUs on machines without one; whether they run there is for `--device cuda`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The first start on a machine, where the kernels are compiled, the next ones, and machines that make it hard."""
+"""The first start on a machine, which compiles the kernels, the next one, and machines that make it hard."""
 
 import os
 import subprocess
