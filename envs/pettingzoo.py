@@ -275,7 +275,7 @@ class _Game:
         """What the first reset announces: sizes, state_dim; then episode_limit, single_action_space."""
         obs, infos, state = *self.begin(0), None
         if self.use_state:
-            with contextlib.suppress(AttributeError, NotImplementedError):
+            with contextlib.suppress(Exception):  # whatever has no state() that works has none
                 state = self.env.state()
         self.state_dim = None if state is None else np.size(state)
         self.features(self.env.agents, obs, infos)
