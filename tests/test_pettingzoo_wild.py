@@ -122,7 +122,8 @@ class Wild(ParallelEnv):
 
     def state(self):
         if self.kind == "no method":
-            return {}()
+            nothing = {}
+            return nothing()
         if self.kind not in STATES and self.kind != "state":
             return None
         state = STATES[self.kind][0] if self.clock == 2 and self.kind != "state" else np.ones((1, 2))
