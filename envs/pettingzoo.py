@@ -32,6 +32,7 @@ try:
 except ImportError as error:
     raise ValueError("PettingZoo is not installed: pip install -r requirements.txt") from error
 
+FLOAT_MAX = float(np.finfo(np.float32).max)
 NO_LIMIT = 1_000_000  # steps, where an environment tells no limit: it ends its episodes itself
 
 
@@ -327,10 +328,15 @@ class _Game:
         features = self.features(agents if over else self.env.agents, obs, infos)
         earned = np.zeros(len(self.names), np.float32)  # (N,)
         for name, i in self.names.items():
-            self.agent, reward = name, np.asarray(rewards.get(name, 0))
-            if reward.size != 1 or reward.dtype.kind not in "biuf" or not np.isfinite(reward).all():
-                raise Wrong(f"its reward is {_short(rewards[name])}, not a finite number")
-            earned[i] = reward.item()
+            self.agent, reward = name, rewards.get(name, 0)
+            try:
+                number = reward.item() if hasattr(reward, "item") else reward  # an array of one number, too
+                finite = abs(number) <= FLOAT_MAX
+            except (TypeError, ValueError, RuntimeError):  # no number, or more than one
+                finite = False
+            if not finite:
+                raise Wrong(f"its reward is {_short(reward)}, not a finite number")
+            earned[i] = number
         self.agent = None
         return *features, earned, np.bool_(over), np.bool_(cut)
 
@@ -362,13 +368,14 @@ class _Game:
             except Exception as error:  # whatever NumPy and gymnasium make of it
                 fits = f"does not fit {self.observed[i]}"
                 raise Wrong(f"its observation {_short(value)} {fits}") from error
-            if not np.isfinite(seen[i]).all():
-                raise Wrong(f"its observation {_short(value)} is not finite")
             if self.n_actions:
                 n_own = int(self.actions[i].n)
                 if mask is not None and np.size(mask) != n_own:
                     raise Wrong(f"its action_mask is {_short(mask)}, for {n_own} actions")
                 legal[i, :n_own] = True if mask is None else np.ravel(mask)
+        if not np.isfinite(seen).all():
+            self.agent = next(name for name, i in self.names.items() if not np.isfinite(seen[i]).all())
+            raise Wrong(f"its observation {_short(obs[self.agent])} is not finite")
         self.agent = None
         if self.n_actions:
             legal[~legal.any(1), 0] = True
@@ -413,16 +420,17 @@ def _dicts(answer, *names):
 
 def _flatten(space, value):
     """A value of a space as a flat array: Box as it is, others as gymnasium has them (Discrete one-hot)."""
-    if isinstance(space, spaces.Dict):
-        return np.concatenate([_flatten(part, value[key]) for key, part in space.items()])
-    if isinstance(space, spaces.Tuple):
-        return np.concatenate([_flatten(*pair) for pair in zip(space, value, strict=True)])
     if isinstance(space, spaces.Box):
-        flat = np.ravel(value)
+        flat, size = np.ravel(value), math.prod(space.shape)
+    elif isinstance(space, spaces.Dict):
+        return np.concatenate([_flatten(part, value[key]) for key, part in space.items()])
+    elif isinstance(space, spaces.Tuple):
+        return np.concatenate([_flatten(*pair) for pair in zip(space, value, strict=True)])
     else:
         value = np.asarray(value).item() if isinstance(space, spaces.Discrete) else value
         flat = spaces.flatten(space, value) if space.contains(value) else np.empty(0)
-    if flat.size != spaces.flatdim(space):
+        size = spaces.flatdim(space)
+    if flat.size != size:
         raise ValueError(f"{value!r} is not in {space}")
     return flat
 
