@@ -64,6 +64,7 @@ def parse_args(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.command = argv[cut + 1 :]
+    args.runs = args.runs.resolve()  # the command runs in ROOT, wherever this script was called from
     if not re.fullmatch(r"[\w.-]+", args.name):
         parser.error(f"--name may have letters, digits, '_', '-' and '.', got {args.name!r}")
     if not args.command and not args.collect_only:
@@ -303,6 +304,9 @@ def collect(args, failed):
             continue
         about = json.loads((folder / "done.json").read_text())
         curves = read_curves(folder, args.tags)
+        if not curves:
+            failed[seed] = "it logged nothing"
+            continue
         settings = next((json.loads(path.read_text()) for path in folder.rglob("args.json")), settings)
         settings = {key: value for key, value in settings.items() if key not in PER_RUN}
         kept = {tag: thin(*curve[:2]) for tag, curve in sorted(curves.items())}

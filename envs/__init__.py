@@ -34,13 +34,14 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`.
 
     Further keyword arguments go to the environment's class. The id may carry some too, behind commas:
-    `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal, true or false in any case, or a bare
-    word for a string, and a keyword argument wins over it. `make("pettingzoo:mpe2.simple_spread_v3")` plays
-    any module that has PettingZoo's `parallel_env()`, which gets the arguments that envs.pettingzoo does not
-    know. Raises ValueError for an unknown id, for an argument that is malformed, that the environment does
-    not have or does not take, for less than one game and for a GPU that this machine lacks.
+    `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal (with commas only in brackets), true or
+    false in any case, or a bare word for a string, and a keyword argument wins over it.
+    `make("pettingzoo:mpe2.simple_spread_v3")` plays any module that has PettingZoo's `parallel_env()`, which
+    gets the arguments that envs.pettingzoo does not know. Raises ValueError for an unknown id, for an
+    argument that is malformed, that the environment does not have or does not take, for less than one game
+    and for a GPU that this machine lacks.
     """
-    name, *pairs = (part.strip() for part in env_id.split(","))
+    name, *pairs = _split(env_id)
     prefix, _, path = name.partition(":")
     foreign = prefix.lower() == "pettingzoo"
     registry = {name: ("envs.pettingzoo", "PettingZoo", {"path": path})} if foreign else _REGISTRY
@@ -64,11 +65,25 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     if foreign:  # anything else may be an argument of the module's
         has += [option for option in options if option not in ("num_envs", "device", "seed", "path")]
     if unknown := [option for option in options if option not in has]:
-        raise ValueError(f"{names[name.lower()]} has no argument {unknown[0]!r}; it has {', '.join(has)}")
+        way = f"; to pass the module's own, write {unknown[0]}_" if foreign else ""
+        raise ValueError(
+            f"{names[name.lower()]} has no argument {unknown[0]!r}; it has {', '.join(has)}{way}"
+        )
     for option, value in options.items():  # any word is true to Python, "no" too
         if option in takes and type(takes[option].default) is bool and type(value) is not bool:
             raise ValueError(f"{option} of environment {env_id!r} must be true or false, got {value!r}")
     return cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)
+
+
+def _split(env_id):
+    """An id at its commas, except for those within brackets."""
+    parts = []
+    for part in env_id.split(","):
+        if parts and sum(map(parts[-1].count, "([{")) > sum(map(parts[-1].count, ")]}")):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return [part.strip() for part in parts]
 
 
 def _parse(pair, env_id):

@@ -135,6 +135,20 @@ def test_runs_and_collects(bench, capfd):
     assert "--seed 2" in log and "threads 1" in log
 
 
+def test_relative_runs_are_below_the_current_folder(bench, monkeypatch):
+    """The children run in another folder, the repository."""
+    monkeypatch.chdir(bench.tmp_path)
+    assert bench("1", "--runs", "here") == 0
+    assert next(bench.tmp_path.glob("here/x/seed_1/mmm__x__1__0/events.*"))
+    assert json.loads((bench.tmp_path / "results" / "x.json").read_text())["runs"][0]["curves"]
+
+
+def test_runs_that_log_nothing_fail(bench, capfd):
+    assert bench("1", "--tags", "eval/nothing") == 1
+    assert "without a result: seed 1 (it logged nothing)" in capfd.readouterr().out
+    assert not (bench.tmp_path / "results").exists()
+
+
 def test_finished_runs_are_not_repeated(bench, capfd):
     assert bench("1") == 0
     done = bench.tmp_path / "runs" / "x" / "seed_1" / "done.json"
