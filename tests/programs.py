@@ -4,13 +4,14 @@ import importlib
 import os
 import signal
 import sys
+import types
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from envs.base import VecEnv
+from envs.base import NO_LIMIT, VecEnv
 
 EPISODE = ("dop_stochastic", "coma", "qmix")
 STEP = ("maddpg", "masql", "dop_deterministic", "maac")
@@ -36,24 +37,36 @@ LOW, HIGH = torch.tensor([[[-1.0, -2.0], [0, 1], [-5, -1]], [[3, -1], [1, 2], [-
 class Troubled(VecEnv):
     """Games that end at random or by the clock, and in which `trouble` may come at step 60.
 
-    It is "interrupt" (Ctrl-C), "kill", "break" (an error of the game), "nan" (rewards of that step),
-    "interrupt_evaluation", at its step 3, or "blind" (no pictures at all).
+    It is "interrupt" (Ctrl-C), "kill", "hangup" (a closed terminal), "break" (an error of the game), "nan"
+    (rewards of that step), "blind" (no pictures at all), or, of evaluations, "interrupt_evaluation" at its
+    step 3, after which it never ends.
     """
 
+    saved = (*VecEnv.saved, "time", "steps")
+
     def __init__(self, num_envs, space, device, seed, trouble):
-        super().__init__(num_envs, N, self.OBS, self.S, self.LIMIT, space, device, seed, trouble != "nan")
+        limit = NO_LIMIT if trouble == "interrupt_evaluation" else self.LIMIT
+        super().__init__(num_envs, N, self.OBS, self.S, limit, space, device, seed, trouble != "nan")
         self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
         self.trouble, self.steps = trouble, 0
-        self.evaluates = seed == MODULES["dop_stochastic"].EVALUATION_SEED
+        self.evaluates = False
+
+    def reset(self, *, seed=None, options=None):
+        if options:
+            self.evaluates, self.steps = True, 0
+        return super().reset(seed=seed, options=options)
 
     def pass_time(self, reward, chance):
         """Reward (B, ...) with what trouble makes of it; the games (B,) that end, each by this chance."""
         self.time, self.steps = self.time + 1, self.steps + 1
-        when, what = (3, "interrupt_evaluation") if self.evaluates else (60, "interrupt")
-        if self.steps == when and self.trouble == what:
-            os.kill(os.getpid(), signal.SIGINT)
-        if self.steps == 60 and not self.evaluates and self.trouble == "kill":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.evaluates and self.trouble == "interrupt_evaluation":
+            assert self.steps < 100, "it goes on and on"
+            if self.steps == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return reward, torch.zeros(self.num_envs, dtype=torch.bool)
+        number = dict(interrupt=signal.SIGINT, kill=signal.SIGTERM, hangup=signal.SIGHUP).get(self.trouble)
+        if self.steps == 60 and not self.evaluates and number:
+            os.kill(os.getpid(), number)
         if self.steps == 60 and not self.evaluates and self.trouble == "break":
             raise RuntimeError("the game broke")
         if self.steps == 60 and self.trouble == "nan":
@@ -64,6 +77,8 @@ class Troubled(VecEnv):
 class Toy(Troubled):
     """Agents see a digit at first and should play it; action 4 is masked."""
 
+    bounded_features = True
+    saved = (*Troubled.saved, "digit")
     OBS, S, LIMIT = 8, 6, 12
 
     def __init__(self, num_envs, device, seed, validate=True, continuous=False, trouble=None):
@@ -97,6 +112,7 @@ class Toy(Troubled):
 class Aim(Troubled):
     """All see which of 3 goals counts, and each has a pair to play there."""
 
+    saved = (*Troubled.saved, "goal")
     OBS, S, LIMIT = 4, 5, 5
 
     def __init__(self, num_envs, device, seed, validate=True, bounded=True, trouble=None):
@@ -143,7 +159,7 @@ class Aim(Troubled):
 # environment id -> class and arguments
 TOYS = {"toy": ("Toy", {}), "Toy2": ("Toy", {}), "continuous": ("Toy", {"continuous": True})}
 TOYS |= {"aim": ("Aim", {}), "boundless": ("Aim", {"bounded": False})}
-for _trouble in ("interrupt", "interrupt_evaluation", "kill", "break", "blind", "nan"):
+for _trouble in ("interrupt", "interrupt_evaluation", "kill", "hangup", "break", "blind", "nan"):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 
 
@@ -237,6 +253,13 @@ def with_garbage(batch):
 def action_bounds(discrete):
     """Low and high (N, D) of Aim's actions; of discrete ones only the shape (N, A) counts."""
     return torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
+
+
+def games(discrete):
+    """What networks must know of an environment: Aim's, or one with discrete actions."""
+    sizes = dict(n_agents=N, obs_dim=Aim.OBS, state_dim=Aim.S, n_actions=A if discrete else None)
+    space = spaces.MultiDiscrete([A] * N) if discrete else spaces.Box(LOW.numpy(), HIGH.numpy())
+    return types.SimpleNamespace(**sizes, single_action_space=space, action_bias=None)
 
 
 def random_transitions(module, discrete, reward_shape=(6,)):
