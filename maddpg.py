@@ -406,19 +406,16 @@ if __name__ == "__main__":
     buffer = ReplayBuffer(args.buffer_size)
     parts = dict(actor=actor, critic=critic, actor_target=actor_target, critic_target=critic_target)
     parts |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
 
     # ---- loop ----
-    parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
     progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_steps=0, memory=None, recent={})
     if args.resume:
         progress = machine.load(run, parts, progress, env.device)
     global_step, iteration, train_seconds, new_steps, memory, recent = progress.values()
     losses, recent, stop = {}, defaultdict(list, recent), machine.catch_signals()
-    machine.say(f"run folder {run}, from step {global_step}")
-    if args.resume and not buffer.n_steps:
-        machine.say("the replay fills anew: it was not saved (--save-replay)")
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
-        machine.say("the run ends before its first update: see --warmup-steps, --total-timesteps")
+        machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
     writer = SummaryWriter(run, purge_step=global_step + 1)
     bar = tqdm(total=args.total_timesteps, initial=global_step, disable=None)  # None: without a terminal
     while global_step < args.total_timesteps and not stop:
@@ -462,8 +459,8 @@ if __name__ == "__main__":
         last = global_step >= args.total_timesteps or bool(stop)
         if due(args.log_every, global_step, args.num_envs, last):
             charts = {name: torch.cat(x).double().mean().item() for name, x in recent.items()}
-            charts |= {"SPS": global_step / train_seconds, "train_seconds": train_seconds}
-            log(writer, global_step, losses=losses, charts=charts)
+            charts |= {"SPS": global_step / train_seconds}
+            log(writer, global_step, losses=losses, charts=charts | {"train_seconds": train_seconds})
             bar.set_postfix(charts)
             if bar.disable and not args.eval_every:
                 machine.say(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))

@@ -46,10 +46,11 @@ class Stream(torch.Generator):
 # ---- run folders ----
 def open_folder(settings):
     """The run folder, new or `settings["resume"]`, with args.json in it; no other process writes to it."""
-    name = "{env}__{exp_name}__{seed}__{time}".format_map(settings | {"time": int(time.time())})
+    parts = settings["env"].lower(), settings["exp_name"], settings["seed"], int(time.time())
+    name = "__".join(re.sub(r"[^\w.-]+", "-", str(part)).strip("-.") for part in parts)
     try:
         resumed = settings["resume"] and Path(settings["resume"])
-        folder = resumed or _new_folder(settings["run_dir"], re.sub(r"[^\w.-]+", "-", name.strip()))
+        folder = resumed or _new_folder(settings["run_dir"], name)
         _LOCKS.append(open(folder / ".lock", "w"))
         if fcntl:
             fcntl.lockf(_LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,16 +104,24 @@ def save(folder, settings, parts, progress):
 
 
 def load(folder, parts, progress, device):
-    """Put model.pt back into those parts that it holds; returns its numbers of `progress`."""
+    """Put model.pt back into `parts`, of which `buffer` may be missing; returns its numbers of `progress`."""
     checkpoint = read(folder, device)
     try:
-        for name in parts.keys() & checkpoint.keys():
-            if isinstance(parts[name], torch.optim.Optimizer):  # learning rates are settings, not progress
-                checkpoint[name]["param_groups"] = parts[name].state_dict()["param_groups"]
-            parts[name].load_state_dict(checkpoint[name])
-        return {name: checkpoint[name] for name in progress}
+        for name, part in parts.items():
+            if isinstance(part, torch.optim.Optimizer):  # learning rates are settings, not progress
+                checkpoint[name]["param_groups"] = part.state_dict()["param_groups"]
+            if name != "buffer" or name in checkpoint:
+                part.load_state_dict(checkpoint[name])
+        progress = {name: checkpoint[name] for name in progress}
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"{folder}/model.pt does not fit: {error}")
+    anew = (
+        ""
+        if "buffer" in parts.keys() & checkpoint.keys()
+        else "; the replay fills anew, as it was not saved (--save-replay)"
+    )
+    say(f"resumed at step {progress['global_step']}{anew}")
+    return progress
 
 
 # ---- settings ----

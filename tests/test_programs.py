@@ -13,6 +13,8 @@ import pytest
 import torch
 from programs import EPISODE, MODULES, SMALL, STEP, Aim, checkpoint, same, scalars, toy_of
 
+import envs
+
 PROGRAMS = (*EPISODE, *STEP)
 TINY = {
     name: "--num-envs 2 --total-timesteps 40 --eval-every 20 --eval-episodes 3 --warmup-steps 10"
@@ -228,7 +230,7 @@ def test_a_killed_run_with_its_replay_goes_on_to_the_bit(run, program, tmp_path)
     (folder,) = (tmp_path / "killed").iterdir()
     step = checkpoint(folder)["global_step"]
     code, out, _ = run("--resume", folder, env=None)
-    assert code == 0 and f"from step {step}" in out and "fills anew" not in out, killed
+    assert code == 0 and f"resumed at step {step}" in out and "fills anew" not in out, killed
     expected, resumed = checkpoint(whole), checkpoint(folder)
     assert 100 <= step < 800 and resumed["iteration"] > 0
     for state in (expected, resumed):
@@ -291,7 +293,22 @@ def test_a_replay_that_was_not_saved_fills_anew_and_the_run_says_so(run, program
     _, out, folder = run()
     assert "fills anew" not in out and "buffer" not in checkpoint(folder)
     _, out, _ = run("--resume", folder, "--total-timesteps", "480", env=None)
-    assert "the replay fills anew" in out and "from step 400" in out
+    assert "resumed at step 400; the replay fills anew" in out
+
+
+@pytest.mark.parametrize("program", STEP)
+def test_a_run_without_any_update_says_so_at_both_ends(run, program):
+    _, out, folder = run("--total-timesteps", "80", "--eval-every", "0")
+    assert "ends before its first update" in out and "after no updates" in out
+    _, out, _ = run()
+    assert "before its first update" not in out and re.search(r"after \d+ updates", out)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_replay_that_does_not_fit_is_refused_at_the_start(run, program, monkeypatch):
+    monkeypatch.setattr(envs.machine, "_free_memory", lambda: 2**20)
+    code, _, _ = run("--buffer-size", "100000")
+    assert re.match(rf"{program}.py: this needs [\d.]+ GiB .* 0.0 GiB are free; lower --buffer-size$", code)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
