@@ -218,8 +218,8 @@ def test_resume_restores_and_goes_on(run, program):
 def test_a_killed_run_with_its_replay_goes_on_to_the_bit(run, program, tmp_path):
     """Weights, optimisers, games, replay and curves; kill -9 at any step, which may be one of evaluation."""
     env, killed = "spread" if program in STEP else "spread,discrete=True", random.randrange(60, 120)
-    flags = ["--save-replay", "--save-every", "132", "--total-timesteps", "800", "--eval-every", "400"]
-    flags += ["--log-every", "160"]  # within episodes
+    flags = ["--save-replay", "--save-every", "220", "--total-timesteps", "800", "--eval-every", "400"]
+    flags += ["--log-every", "320"]  # within episodes
     _, _, whole = run(*flags, env=env)
     words = [MODULES[program].__file__, "--env", env, *SMALL[program].split(), *flags]
     words = [*words, "--run-dir", str(tmp_path / "killed"), "--device", "cpu"]
@@ -232,7 +232,7 @@ def test_a_killed_run_with_its_replay_goes_on_to_the_bit(run, program, tmp_path)
     code, out, _ = run("--resume", folder, env=None)
     assert code == 0 and f"resumed at step {step}" in out and "fills anew" not in out, killed
     expected, resumed = checkpoint(whole), checkpoint(folder)
-    assert 132 <= step < 800 and resumed["iteration"] > 0
+    assert 220 <= step < 800 and resumed["iteration"] > 0
     for state in (expected, resumed):
         del state["args"], state["train_seconds"]
     assert [name for name in expected if not same(expected[name], resumed[name])] == [], killed
