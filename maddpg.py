@@ -30,6 +30,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -384,10 +385,12 @@ def log(writer, global_step, **groups):
 if __name__ == "__main__":
     # ---- run ----
     args = parse_args()
-    torch.manual_seed(args.seed)
+    # streams of their own for weights, games and exploration; 31 bits, as some games take no more
+    seeds = (np.random.SeedSequence(args.seed).generate_state(3) // 2).tolist()
+    torch.manual_seed(seeds[0])
     try:
         options = dict(device=args.device, validate=False)
-        env = make(args.env, args.num_envs, seed=args.seed, **options)
+        env = make(args.env, args.num_envs, seed=seeds[1], **options)
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
@@ -396,7 +399,7 @@ if __name__ == "__main__":
     run = machine.open_folder(vars(args))
 
     # ---- networks and storage ----
-    generator = Stream(env.device).manual_seed(args.seed)
+    generator = Stream(env.device).manual_seed(seeds[2])
     actor, critic = Actor(env, args).to(env.device), Critic(env, args).to(env.device)
     actor_target, critic_target = copy.deepcopy(actor), copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)

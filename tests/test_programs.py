@@ -187,6 +187,19 @@ def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, program, en
     assert equal == [True, True, False]
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_weights_games_and_exploration_have_streams_of_their_own(run, program):
+    seeds = []
+    for seed in ("1", "2"):
+        state = checkpoint(run("--seed", seed, "--total-timesteps", "4", "--eval-every", "0")[2])
+        seeds.append(torch.initial_seed())
+        for part in (state["generator"], state["env"]["generator"]):
+            stream = envs.Stream("cpu")
+            stream.load_state_dict(part)
+            seeds.append(stream.initial_seed())
+    assert len(set(seeds)) == 6 and max(seeds) < 2**31
+
+
 # ---- run folders ----
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_resume_restores_and_goes_on(run, program):
