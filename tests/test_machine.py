@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from programs import LOW, Aim, Toy
+from programs import LOW, Aim, Toy, same
 
-from envs import Stream, evaluate, machine
+from envs import Stream, evaluate, machine, make
 from envs.base import NO_LIMIT
 from envs.evaluation import STEPS
 
@@ -141,3 +141,42 @@ def test_an_evaluation_counts_the_first_episode_of_each_game():
     expected = {"episodic_return": total.mean().item(), "episodic_length": length.mean().item()}
     assert results == again and {name: results[name] for name in expected} == pytest.approx(expected)
     assert 0 < results["win_rate"] < 1
+
+
+# ---- environments ----
+@pytest.mark.parametrize(
+    "env_id",
+    ["quadratic", "spread", "aggregation", "mill,discrete=True", "cdm,guided_share=0.5,guided_steps=80"],
+)
+def test_games_go_on_where_others_were(env_id, tmp_path):
+    def draw():
+        if env.n_actions:
+            return torch.randint(env.n_actions, (4, env.n_agents))
+        return torch.rand(4, *env.single_action_space.shape) * 2 - 1
+
+    torch.manual_seed(0)
+    env, other = (make(env_id, 4, seed=seed) for seed in (3, 4))
+    env.reset(), other.reset()
+    for _ in range(13):
+        env.step(draw())
+    torch.save(env.state_dict(), tmp_path / "games.pt")
+    other.load_state_dict(torch.load(tmp_path / "games.pt", weights_only=True))
+    assert torch.equal(env.obs(), other.obs())
+    for _ in range(40):
+        actions = draw()
+        one, two = env.step(actions), other.step(actions)
+        assert all(map(torch.equal, one[:4], two[:4])) and torch.equal(env.state(), other.state())
+        assert same(one[4], two[4])
+
+
+def test_games_of_other_sizes_are_no_place_to_go_on_from():
+    state = make("cdm,n_agents=5").state_dict()
+    with pytest.raises(ValueError, match=r"sizes are \{'n_agents': 10, .* those of the run \{'n_agents': 5"):
+        make("cdm").load_state_dict(state)
+
+
+def test_make_refuses_what_the_caller_cannot_play():
+    for env_id, other in (("quadratic", "discrete"), ("cdm", "continuous")):
+        make(env_id, actions={"discrete": "continuous", "continuous": "discrete"}[other])
+        with pytest.raises(ValueError, match=rf"{env_id} has \w+ actions; this algorithm needs {other} ones"):
+            make(env_id, actions=other)
