@@ -56,8 +56,6 @@ class Args:
     """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives; auto takes cuda if there is one"""
-    compile: bool = False
-    """torch.compile the step of the training games (SMAC only)"""
     total_timesteps: int = 500_000
     """environment steps of the run; one step of one game counts as 1"""
     num_envs: int = 16
@@ -258,6 +256,7 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B, T)
     terminated: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T)
+    length: list  # (B,) numbers in Python, which tell the sizes of what the mask selects without a wait
 
 
 class EpisodeBuffer:
@@ -295,8 +294,7 @@ class EpisodeBuffer:
             for name in ("obs", "state", "avail_actions"):
                 self.steps[name][slot, length] = info[f"final_{name}"][ended].to(self.steps[name].dtype)
             self.length[slot], self.time[ended] = length, 0
-            oldest = torch.arange(len(ended), device=slot.device) + self.n_episodes  # (E,)
-            oldest = oldest % len(self.ring)
+            oldest = (torch.arange(len(ended), device=slot.device) + self.n_episodes) % len(self.ring)  # (E,)
             self.open_slot[ended], self.ring[oldest] = self.ring[oldest], slot
             self.n_episodes += len(ended)
 
@@ -304,13 +302,14 @@ class EpisodeBuffer:
         """A Batch with, for each (n, latest) of `draws`, n of the latest episodes, uniform and none twice."""
         windows = [(n, min(self.n_episodes, latest, len(self.ring))) for n, latest in draws]
         age = [torch.randperm(x, generator=generator, device=self.ring.device)[:n] for n, x in windows]
-        age = torch.cat(age)  # (B,)
-        slot = self.ring[(self.n_episodes - 1 - age) % len(self.ring)].unsqueeze(1)  # (B, 1)
+        slot = self.ring[(self.n_episodes - 1 - torch.cat(age)) % len(self.ring)].unsqueeze(1)  # (B, 1)
         length = self.length[slot]  # (B, 1)
-        time = torch.arange(int(length.max()) + 1, device=slot.device)  # (T + 1,)
+        steps = length.flatten().tolist()  # the one time per iteration that Python waits for the device
+        time = torch.arange(max(steps) + 1, device=slot.device)  # (T + 1,)
         seen, acted = time.minimum(length), time[:-1].minimum(length - 1)  # (B, T + 1), (B, T)
         x = {name: x[slot, seen if name in Batch._fields[:3] else acted] for name, x in self.steps.items()}
-        return Batch(**x, mask=time[:-1] < length)._replace(obs=x["obs"].float(), state=x["state"].float())
+        x |= dict(obs=x["obs"].float(), state=x["state"].float())
+        return Batch(**x, mask=time[:-1] < length, length=steps)
 
 
 # ---- acting and evaluation ----
@@ -402,7 +401,8 @@ def descend(optimizer, loss, max_norm):
 
 def update(args, actor, critic, critic_target, optimizers, batch, epsilon, generator):
     """One iteration of Algorithm 1 of [COMA]."""
-    mask = batch.mask
+    mask, n_steps = batch.mask, sum(batch.length)
+    valid = mask.nonzero_static(size=n_steps).unbind(1)  # (M,), (M,)
     pi = policy(actor, batch, epsilon)  # (B, T + 1, N, A)
 
     # targets
@@ -411,20 +411,20 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         actions = F.pad(batch.actions, (0, 0, 0, 1))  # (B, T + 1, N)
         actions[ends] = sample_actions(pi[ends], generator)
         last_actions = F.pad(batch.actions, (0, 0, 1, 0), value=-1)  # (B, T + 1, N)
-        seen = F.pad(mask, (1, 0), value=True)  # (B, T + 1)
+        seen = F.pad(mask, (1, 0), value=True).nonzero_static(size=n_steps + len(mask)).unbind(1)
         inputs = (batch.state, batch.obs, actions, last_actions)
         # (B, T + 1, N, A), zeros on padding
-        q_values = torch.zeros_like(pi).index_put((seen,), critic_target(*(x[seen] for x in inputs)))
+        q_values = torch.zeros_like(pi).index_put(seen, critic_target(*(x[seen] for x in inputs)))
         q_taken = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T + 1, N)
         q_taken[ends] = (pi[ends] * q_values[ends]).sum(-1)
         q_taken, next_q = q_taken[:, :-1], q_taken[:, 1:]  # (B, T, N)
         steps = [x.unsqueeze(-1).expand_as(next_q) for x in (batch.reward, batch.terminated, mask)]
         td_target = td_lambda_targets(*steps, q_taken, next_q, args.gamma, args.td_lambda)  # (B, T, N)
-        entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:, :-1][mask]  # (M, N)
+        entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:, :-1][valid]  # (M, N)
 
     # critic
-    inputs = [x[:, :-1][mask] for x in inputs]  # (M, ...)
-    actions, td_target = inputs[2], td_target[mask]  # (M, N)
+    inputs = [x[:, :-1][valid] for x in inputs]  # (M, ...)
+    actions, td_target = inputs[2], td_target[valid]  # (M, N)
     steps = []
     order = torch.randperm(len(actions), generator=generator, device=mask.device)
     for index in order.chunk(args.critic_updates):
@@ -433,13 +433,12 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         critic_loss = F.mse_loss(q_taken, td_target[index])
         grad_norm = descend(optimizers[1], critic_loss, 10.0)
         steps.append(torch.stack([critic_loss.detach(), grad_norm, q_taken.detach().mean()]))
-    critic_loss, grad_norm_critic, q_taken = torch.stack(steps).mean(0)
-    logs = {"critic_loss": critic_loss, "grad_norm_critic": grad_norm_critic, "q_taken": q_taken}
+    logs = dict(zip(("critic_loss", "grad_norm_critic", "q_taken"), torch.stack(steps).mean(0), strict=True))
 
     # actor
     with torch.no_grad():
         q_values = critic(*inputs)  # (M, N, A)
-    pi = pi[:, :-1][mask]  # (M, N, A)
+    pi = pi[:, :-1][valid]  # (M, N, A)
     advantage = counterfactual_advantage(q_values, pi, actions)  # (M, N)
     actor_loss = policy_gradient_loss(pi, actions, advantage)
     logs |= {"grad_norm_actor": descend(optimizers[0], actor_loss, 10.0), "actor_loss": actor_loss.detach()}
@@ -452,10 +451,11 @@ if __name__ == "__main__":
     # ---- run ----
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
+    # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     torch.manual_seed(args.seed)
     try:
-        options = {"compile": True} if args.compile and not args.evaluate else {}
-        env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
+        env = make(args.env, args.num_envs, device, args.seed, validate=False)
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
         if args.capture_video:  # whoever draws no pictures says so now, not at the first evaluation
             eval_env.reset()
@@ -537,7 +537,7 @@ if __name__ == "__main__":
         buffer.add(step | {"terminated": terminated}, info, ended)
         obs, memory = next_obs, (actions.masked_fill(done[:, None], -1), memory[1] * ~done[:, None, None])
         if len(ended):
-            recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
+            recent.append(torch.stack([x[ended] for x in episode_metrics(info).values()]))  # (metrics, E)
         new_episodes += len(ended)
         global_step += args.num_envs
 
@@ -556,14 +556,14 @@ if __name__ == "__main__":
         save_due = due(args.save_every, global_step, args.num_envs, last=False)
         bar.update(args.num_envs)
         if due(args.log_every, global_step, args.num_envs, last) or save_due:
-            charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
-            charts |= {"SPS": sps}
+            means = torch.cat(recent, 1).mean(1).tolist() if recent else ()
+            charts = dict(zip(episode_metrics(info), means, strict=False)) | {"SPS": sps}
             bar.set_postfix(charts)
             if bar.disable and not args.eval_every:
                 tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
             charts |= {"train_seconds": train_seconds} | schedule
-            recent = []
-            for group, values in (("losses", losses), ("charts", charts)):
+            recent, numbers = [], torch.stack([*losses.values()]).tolist() if losses else ()
+            for group, values in (("losses", dict(zip(losses, numbers, strict=True))), ("charts", charts)):
                 for name, value in values.items():
                     if not math.isfinite(value):
                         writer.close()
@@ -572,9 +572,8 @@ if __name__ == "__main__":
 
         # evaluate, save
         if due(args.eval_every, global_step, args.num_envs, last) and not stop:
-            results = evaluate(
-                actor, eval_env, Path(run, f"{global_step}.gif") if args.capture_video else None
-            )
+            video = Path(run, f"{global_step}.gif") if args.capture_video else None
+            results = evaluate(actor, eval_env, video)
             for name, value in results.items():
                 writer.add_scalar(f"eval/{name}", value, global_step)
             line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())

@@ -60,8 +60,6 @@ class Args:
     """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives; auto takes cuda if there is one"""
-    compile: bool = False
-    """torch.compile the step of the training games (SMAC only)"""
     total_timesteps: int = 500_000
     """environment steps of the run; one step of one game counts as 1"""
     num_envs: int = 16
@@ -326,6 +324,7 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B, T)
     terminated: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T)
+    length: list  # (B,) numbers in Python, which tell the sizes of what the mask selects without a wait
 
 
 class EpisodeBuffer:
@@ -363,8 +362,7 @@ class EpisodeBuffer:
             for name in ("obs", "state", "avail_actions"):
                 self.steps[name][slot, length] = info[f"final_{name}"][ended].to(self.steps[name].dtype)
             self.length[slot], self.time[ended] = length, 0
-            oldest = torch.arange(len(ended), device=slot.device) + self.n_episodes  # (E,)
-            oldest = oldest % len(self.ring)
+            oldest = (torch.arange(len(ended), device=slot.device) + self.n_episodes) % len(self.ring)  # (E,)
             self.open_slot[ended], self.ring[oldest] = self.ring[oldest], slot
             self.n_episodes += len(ended)
 
@@ -372,13 +370,14 @@ class EpisodeBuffer:
         """A Batch with, for each (n, latest) of `draws`, n of the latest episodes, uniform and none twice."""
         windows = [(n, min(self.n_episodes, latest, len(self.ring))) for n, latest in draws]
         age = [torch.randperm(x, generator=generator, device=self.ring.device)[:n] for n, x in windows]
-        age = torch.cat(age)  # (B,)
-        slot = self.ring[(self.n_episodes - 1 - age) % len(self.ring)].unsqueeze(1)  # (B, 1)
+        slot = self.ring[(self.n_episodes - 1 - torch.cat(age)) % len(self.ring)].unsqueeze(1)  # (B, 1)
         length = self.length[slot]  # (B, 1)
-        time = torch.arange(int(length.max()) + 1, device=slot.device)  # (T + 1,)
+        steps = length.flatten().tolist()  # the one time per iteration that Python waits for the device
+        time = torch.arange(max(steps) + 1, device=slot.device)  # (T + 1,)
         seen, acted = time.minimum(length), time[:-1].minimum(length - 1)  # (B, T + 1), (B, T)
         x = {name: x[slot, seen if name in Batch._fields[:3] else acted] for name, x in self.steps.items()}
-        return Batch(**x, mask=time[:-1] < length)._replace(obs=x["obs"].float(), state=x["state"].float())
+        x |= dict(obs=x["obs"].float(), state=x["state"].float())
+        return Batch(**x, mask=time[:-1] < length, length=steps)
 
 
 # ---- acting and evaluation ----
@@ -460,9 +459,10 @@ def policy(actor, batch, epsilon):
 
 
 @torch.no_grad()
-def evaluate_steps(critic, state, valid):
-    """The critic's q_values (..., N, A), k (..., N), b (...) where valid (...); zeros on padding."""
-    return [x.new_zeros(*valid.shape, *x.shape[1:]).index_put((valid,), x) for x in critic(state[valid])]
+def evaluate_steps(critic, state, mask, n_steps):
+    """The critic's q_values (..., N, A), k (..., N), b (...) at the n_steps of a mask (...); else zeros."""
+    valid = mask.nonzero_static(size=n_steps).unbind(1)
+    return [x.new_zeros(*mask.shape, *x.shape[1:]).index_put(valid, x) for x in critic(state[valid])]
 
 
 def descend(optimizer, loss, max_norm):
@@ -479,26 +479,25 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
     n, logs = args.on_policy_batch, {}
     on, off = Batch(*(x[:n] for x in batch)), Batch(*(x[n:] for x in batch))
     mask, actions = batch.mask, batch.actions.unsqueeze(-1)  # (B, T), (B, T, N, 1)
+    n_steps, n_on = sum(batch.length), sum(on.length)
 
     # actor; its forward pass also serves the on-policy targets
     pi = policy(actor, on, epsilon)  # (n, T + 1, N, A)
     if train_actor:
-        q_values, k, _ = evaluate_steps(critic, on.state[:, :-1], on.mask)
+        q_values, k, _ = evaluate_steps(critic, on.state[:, :-1], on.mask, n_on)
         if args.actor_gradient == "expected":
             actor_loss = expected_policy_gradient_loss(k, q_values, pi[:, :-1], on.mask)
         else:
             actor_loss = sampled_policy_gradient_loss(k, q_values, pi[:, :-1], on.actions, on.mask)
-        logs = {
-            "actor_loss": actor_loss.detach(),
-            "grad_norm_actor": descend(optimizers[0], actor_loss, 20.0),
-        }
+        logs = dict(actor_loss=actor_loss.detach(), grad_norm_actor=descend(optimizers[0], actor_loss, 20.0))
 
     # targets
     with torch.no_grad():
         # of the policies before the actor's step on-policy, after it off-policy: one pass each is enough
         pi = torch.cat([pi, policy(actor, off, epsilon)])  # (B, T + 1, N, A)
         entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:n, :-1]  # (n, T, N)
-        q_values, k, b = evaluate_steps(critic_target, batch.state, F.pad(mask, (1, 0), value=True))
+        seen = F.pad(mask, (1, 0), value=True)  # (B, T + 1)
+        q_values, k, b = evaluate_steps(critic_target, batch.state, seen, n_steps + len(mask))
         q_taken = q_values[:, :-1].gather(-1, actions).squeeze(-1)  # (B, T, N)
         q_tot = decomposed_q(k[:, :-1], b[:, :-1], q_taken)  # (B, T)
         v = expected_q(k, b, q_values, pi)  # (B, T + 1)
@@ -519,8 +518,9 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         weight = torch.cat([on.mask * on_weight, off.mask * off_weight])  # (B, T)
 
     # critic
-    batch = [x[mask] for x in (batch.state[:, :-1], actions, td_target, weight)]  # (M, ...)
-    order = torch.randperm(len(batch[0]), generator=generator, device=mask.device).chunk(args.critic_updates)
+    valid = mask.nonzero_static(size=n_steps).unbind(1)  # (M,), (M,)
+    batch = [x[valid] for x in (batch.state[:, :-1], actions, td_target, weight)]  # (M, ...)
+    order = torch.randperm(n_steps, generator=generator, device=mask.device).chunk(args.critic_updates)
     steps = []
     for index in order:
         state, actions, td_target, weight = (x[index] for x in batch)
@@ -532,7 +532,7 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         grad_norm = descend(optimizers[1], critic_loss, 20.0)  # official code
         steps.append(torch.stack([critic_loss.detach(), grad_norm, q_tot.detach().mean()]))
     logs["critic_loss"], logs["grad_norm_critic"], logs["q_taken"] = torch.stack(steps).mean(0)
-    return logs | {"td_target": batch[2].mean(), "entropy": entropy[on.mask].mean()}
+    return logs | {"td_target": batch[2].mean(), "entropy": entropy[valid[0][:n_on], valid[1][:n_on]].mean()}
 
 
 if __name__ == "__main__":
@@ -541,10 +541,11 @@ if __name__ == "__main__":
     # ---- run ----
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
+    # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     torch.manual_seed(args.seed)
     try:
-        options = {"compile": True} if args.compile and not args.evaluate else {}
-        env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
+        env = make(args.env, args.num_envs, device, args.seed, validate=False)
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
         if args.capture_video:  # whoever draws no pictures says so now, not at the first evaluation
             eval_env.reset()
@@ -632,7 +633,7 @@ if __name__ == "__main__":
         buffer.add(step | {"terminated": terminated}, info, ended)
         obs, memory = next_obs, (actions.masked_fill(done[:, None], -1), memory[1] * ~done[:, None, None])
         if len(ended):
-            recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
+            recent.append(torch.stack([x[ended] for x in episode_metrics(info).values()]))  # (metrics, E)
         new_episodes += len(ended)
         global_step += args.num_envs
 
@@ -656,14 +657,14 @@ if __name__ == "__main__":
         save_due = due(args.save_every, global_step, args.num_envs, last=False)
         bar.update(args.num_envs)
         if due(args.log_every, global_step, args.num_envs, last) or save_due:
-            charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
-            charts |= {"SPS": sps}
+            means = torch.cat(recent, 1).mean(1).tolist() if recent else ()
+            charts = dict(zip(episode_metrics(info), means, strict=False)) | {"SPS": sps}
             bar.set_postfix(charts)
             if bar.disable and not args.eval_every:
                 tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
             charts |= {"train_seconds": train_seconds} | schedule
-            recent = []
-            for group, values in (("losses", losses), ("charts", charts)):
+            recent, numbers = [], torch.stack([*losses.values()]).tolist() if losses else ()
+            for group, values in (("losses", dict(zip(losses, numbers, strict=True))), ("charts", charts)):
                 for name, value in values.items():
                     if not math.isfinite(value):
                         writer.close()
@@ -672,9 +673,8 @@ if __name__ == "__main__":
 
         # evaluate, save
         if due(args.eval_every, global_step, args.num_envs, last) and not stop:
-            results = evaluate(
-                actor, eval_env, Path(run, f"{global_step}.gif") if args.capture_video else None
-            )
+            video = Path(run, f"{global_step}.gif") if args.capture_video else None
+            results = evaluate(actor, eval_env, video)
             for name, value in results.items():
                 writer.add_scalar(f"eval/{name}", value, global_step)
             line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())

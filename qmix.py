@@ -57,8 +57,6 @@ class Args:
     """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives; auto takes cuda if there is one"""
-    compile: bool = False
-    """torch.compile the step of the training games (SMAC only)"""
     total_timesteps: int = 500_000
     """environment steps of the run; one step of one game counts as 1"""
     num_envs: int = 16
@@ -235,6 +233,7 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B, T)
     terminated: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T)
+    length: list  # (B,) numbers in Python, which tell the sizes of what the mask selects without a wait
 
 
 class EpisodeBuffer:
@@ -272,8 +271,7 @@ class EpisodeBuffer:
             for name in ("obs", "state", "avail_actions"):
                 self.steps[name][slot, length] = info[f"final_{name}"][ended].to(self.steps[name].dtype)
             self.length[slot], self.time[ended] = length, 0
-            oldest = torch.arange(len(ended), device=slot.device) + self.n_episodes  # (E,)
-            oldest = oldest % len(self.ring)
+            oldest = (torch.arange(len(ended), device=slot.device) + self.n_episodes) % len(self.ring)  # (E,)
             self.open_slot[ended], self.ring[oldest] = self.ring[oldest], slot
             self.n_episodes += len(ended)
 
@@ -281,13 +279,14 @@ class EpisodeBuffer:
         """A Batch with, for each (n, latest) of `draws`, n of the latest episodes, uniform and none twice."""
         windows = [(n, min(self.n_episodes, latest, len(self.ring))) for n, latest in draws]
         age = [torch.randperm(x, generator=generator, device=self.ring.device)[:n] for n, x in windows]
-        age = torch.cat(age)  # (B,)
-        slot = self.ring[(self.n_episodes - 1 - age) % len(self.ring)].unsqueeze(1)  # (B, 1)
+        slot = self.ring[(self.n_episodes - 1 - torch.cat(age)) % len(self.ring)].unsqueeze(1)  # (B, 1)
         length = self.length[slot]  # (B, 1)
-        time = torch.arange(int(length.max()) + 1, device=slot.device)  # (T + 1,)
+        steps = length.flatten().tolist()  # the one time per iteration that Python waits for the device
+        time = torch.arange(max(steps) + 1, device=slot.device)  # (T + 1,)
         seen, acted = time.minimum(length), time[:-1].minimum(length - 1)  # (B, T + 1), (B, T)
         x = {name: x[slot, seen if name in Batch._fields[:3] else acted] for name, x in self.steps.items()}
-        return Batch(**x, mask=time[:-1] < length)._replace(obs=x["obs"].float(), state=x["state"].float())
+        x |= dict(obs=x["obs"].float(), state=x["state"].float())
+        return Batch(**x, mask=time[:-1] < length, length=steps)
 
 
 # ---- acting and evaluation ----
@@ -373,17 +372,17 @@ def descend(optimizer, loss, max_norm):
 
 def update(args, actor, mixer, actor_target, mixer_target, optimizer, batch):
     """One gradient step on whole episodes."""
-    mask = batch.mask  # (B, T)
+    valid = batch.mask.nonzero_static(size=sum(batch.length)).unbind(1)  # (M,), (M,)
     last_actions = F.pad(batch.actions, (0, 0, 1, 0), value=-1)  # (B, T + 1, N)
     q_values, _ = actor(batch.obs, last_actions)  # (B, T + 1, N, A)
     q_taken = q_values[:, :-1].gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
-    q_tot = mixer(q_taken[mask], batch.state[:, :-1][mask])  # (M,), no padding from here on
+    q_tot = mixer(q_taken[valid], batch.state[:, :-1][valid])  # (M,), no padding from here on
     with torch.no_grad():
         # from t = 0 on as well: the memory that values t + 1 has seen all steps before
         q_values_target, _ = actor_target(batch.obs, last_actions)  # (B, T + 1, N, A)
         next_q = double_q(q_values[:, 1:], q_values_target[:, 1:], batch.avail_actions[:, 1:])  # (B, T, N)
-        next_q_tot = mixer_target(next_q[mask], batch.state[:, 1:][mask])  # (M,)
-        td_target = td_targets(batch.reward[mask], batch.terminated[mask], next_q_tot, args.gamma)
+        next_q_tot = mixer_target(next_q[valid], batch.state[:, 1:][valid])  # (M,)
+        td_target = td_targets(batch.reward[valid], batch.terminated[valid], next_q_tot, args.gamma)
     assert td_target.shape == q_tot.shape
     # Eq. 6 of [QMIX]: L = (y - Q_tot)^2, a mean over the transitions
     critic_loss = (td_target - q_tot).square().mean()
@@ -398,10 +397,11 @@ if __name__ == "__main__":
     # ---- run ----
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
+    # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     torch.manual_seed(args.seed)
     try:
-        options = {"compile": True} if args.compile and not args.evaluate else {}
-        env = make(args.env, args.num_envs, device, args.seed, validate=False, **options)
+        env = make(args.env, args.num_envs, device, args.seed, validate=False)
         eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
         if args.capture_video:  # whoever draws no pictures says so now, not at the first evaluation
             eval_env.reset()
@@ -425,6 +425,7 @@ if __name__ == "__main__":
         sys.exit()
     mixer = Mixer(env.state_dim, n_agents, embed_dim=32, hyper_dim=64).to(device)
     actor_target, mixer_target = copy.deepcopy(actor), copy.deepcopy(mixer)
+    actor_target.gru.flatten_parameters()  # a copy's weights lie apart: cuDNN would join them at each call
     parameters = [*actor.parameters(), *mixer.parameters()]
     optimizer = torch.optim.RMSprop(parameters, lr=args.lr, alpha=0.99, eps=1e-5)
     parts = {"actor": actor, "mixer": mixer, "actor_target": actor_target, "mixer_target": mixer_target}
@@ -483,7 +484,7 @@ if __name__ == "__main__":
         buffer.add(step | {"terminated": terminated}, info, ended)
         obs, memory = next_obs, (actions.masked_fill(done[:, None], -1), memory[1] * ~done[:, None, None])
         if len(ended):
-            recent.extend(zip(*(x[ended].tolist() for x in episode_metrics(info).values()), strict=True))
+            recent.append(torch.stack([x[ended] for x in episode_metrics(info).values()]))  # (metrics, E)
         new_episodes += len(ended)
         global_step += args.num_envs
 
@@ -506,14 +507,14 @@ if __name__ == "__main__":
         save_due = due(args.save_every, global_step, args.num_envs, last=False)
         bar.update(args.num_envs)
         if due(args.log_every, global_step, args.num_envs, last) or save_due:
-            charts = dict(zip(episode_metrics(info), np.mean(recent, 0), strict=True)) if recent else {}
-            charts |= {"SPS": sps}
+            means = torch.cat(recent, 1).mean(1).tolist() if recent else ()
+            charts = dict(zip(episode_metrics(info), means, strict=False)) | {"SPS": sps}
             bar.set_postfix(charts)
             if bar.disable and not args.eval_every:
                 tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
             charts |= {"train_seconds": train_seconds} | schedule
-            recent = []
-            for group, values in (("losses", losses), ("charts", charts)):
+            recent, numbers = [], torch.stack([*losses.values()]).tolist() if losses else ()
+            for group, values in (("losses", dict(zip(losses, numbers, strict=True))), ("charts", charts)):
                 for name, value in values.items():
                     if not math.isfinite(value):
                         writer.close()
@@ -522,9 +523,8 @@ if __name__ == "__main__":
 
         # evaluate, save
         if due(args.eval_every, global_step, args.num_envs, last) and not stop:
-            results = evaluate(
-                actor, eval_env, Path(run, f"{global_step}.gif") if args.capture_video else None
-            )
+            video = Path(run, f"{global_step}.gif") if args.capture_video else None
+            results = evaluate(actor, eval_env, video)
             for name, value in results.items():
                 writer.add_scalar(f"eval/{name}", value, global_step)
             line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())

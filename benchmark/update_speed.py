@@ -67,6 +67,7 @@ def random_batch(generator, B):
         reward=torch.rand(B, T, **shape),
         terminated=(torch.arange(T) == T - 1).expand(B, T),
         mask=torch.ones(B, T, dtype=torch.bool),
+        length=[T] * B,
     )
 
 

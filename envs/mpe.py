@@ -111,7 +111,8 @@ class _Task(VecEnv):
     def _restart(self, done):
         # Most steps end no game. Asking the device costs less than drawing and observing in vain, which
         # would take a third of a step on a CPU.
-        if not done.any():
+        self._renewed = bool(done.any())
+        if not self._renewed:
             return
         fresh, scene = self._begin(), []
         for new, old in zip(fresh, self._scene or fresh, strict=True):
@@ -120,7 +121,7 @@ class _Task(VecEnv):
         self._scene = fresh._make(scene)
 
     def _observe_restarted(self, done, final):
-        return self._observe() if done.any() else final
+        return self._observe() if self._renewed else final
 
     def state_dict(self):
         return super().state_dict() | {"scene": tuple(self._scene)}

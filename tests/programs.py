@@ -238,7 +238,7 @@ def with_garbage(batch):
     """A batch of episodes with other numbers behind their ends."""
     padding = ~batch.mask  # (B, T)
     behind = torch.nn.functional.pad(padding, (1, 0))  # (B, T + 1), without the last observation
-    garbage = {name: getattr(batch, name).clone() for name in batch._fields}
+    garbage = {name: x.clone() for name, x in batch._asdict().items() if torch.is_tensor(x)}
     for name in ("obs", "state"):
         garbage[name][behind] = 1e6
     garbage["avail_actions"][behind] = ~garbage["avail_actions"][behind]

@@ -148,8 +148,8 @@ def test_no_bias_by_default():
         ("cdm,first_action=nan", "first_action must be a number from 0 to less than 1, got 'nan'"),
         ("cdm,n_agents={[1]}", "n_agents must be a whole number, at least 1, got '{\\[1\\]}'"),
         ("cdm,validate=no", "validate of environment 'cdm,validate=no' must be true or false, got 'no'"),
-        ("3m,compile=0", "compile of environment '3m,compile=0' must be true or false, got 0"),
-        ("3m,compile='true'", "compile of environment .* must be true or false, got 'true'"),
+        ("mill,discrete=0", "discrete of environment 'mill,discrete=0' must be true or false, got 0"),
+        ("mill,discrete='true'", "discrete of environment .* must be true or false, got 'true'"),
         ("mill,end_on_win=none", "end_on_win of environment .* must be true or false, got 'none'"),
     ],
 )

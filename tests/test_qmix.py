@@ -215,7 +215,7 @@ def test_termination_does_not_bootstrap_and_truncation_does():
             changed = batch._replace(obs=obs, state=state, terminated=everywhere)
             last_only = batch.mask & ~F.pad(batch.mask[:, 1:], (0, 1))
             frozen = learner(lr=0.0)[:-1]
-            means.append(qmix.update(*frozen, changed._replace(mask=last_only))["td_target"])
+            means.append(qmix.update(*frozen, changed._replace(mask=last_only, length=[1] * 7))["td_target"])
     assert means[0] == means[1] and means[2] != means[3]
 
 
