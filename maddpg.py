@@ -5,6 +5,7 @@ networks, as in Q-learning, and agent i's policy follows its gradient through th
 [MADDPG] Lowe et al., "Multi-Agent Actor-Critic for Mixed Cooperative-Competitive Environments", NIPS 2017.
 [DDPG] Lillicrap et al., "Continuous Control with Deep Reinforcement Learning", ICLR 2016.
 [MASQL] Wei et al., "Multiagent Soft Q-Learning", AAAI Spring Symposium 2018: the protocol of `quadratic`.
+[DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021: the delay.
 
     python maddpg.py --env quadratic
     python maddpg.py --env 3m
@@ -66,23 +67,20 @@ class Args:
     gamma: float = 0.95  # discount (appendix of [MADDPG])
     tau: float = 0.01  # share of the live networks that enters the targets (appendix of [MADDPG])
     hidden_dim: int = 64  # units of the two hidden layers (appendix of [MADDPG])
-    # bound of the initial weights of last layers (3e-3 in section 7 of [DDPG]; 0: as the other layers)
-    final_init: float = 0.0
+    final_init: float = 0.0  # bound of last layers' initial weights (3e-3 in [DDPG], section 7; 0: as others)
     max_grad_norm: float = 0.5  # norm that gradients are clipped to (official code; 0: no clipping)
     batch_size: int = 1024  # transitions per update (appendix of [MADDPG])
     buffer_size: int = 1_000_000  # transitions in the replay buffer (appendix of [MADDPG])
     warmup_steps: int = 25_600  # environment steps before the first update (official code: batch size x 25)
-    # who acts until then, also while a replay fills anew: the policies with their noise, or uniform draws
-    warmup_actions: Literal["untrained", "uniform"] = "untrained"
-    update_every: int = 100  # environment steps per update (appendix of [MADDPG])
+    warmup_actions: Literal["untrained", "uniform"] = "untrained"  # until then: policies, or uniform draws
+    update_every: int = 100  # environment steps per update of the critic (appendix of [MADDPG])
+    policy_delay: int = 1  # critic updates per update of actors and targets (2 in Appendix G.2 of [DOP])
     # others' actions in an actor's gradient: of the replay (both papers), or of their current policies
     others_actions: Literal["replayed", "current"] = "replayed"
     # a critic for each agent, which learns the agent's own reward where the environment has such rewards
     critic_per_agent: bool = False
-    # scale of the noise on continuous actions, whose bounds count as -1 and 1 (section 7 of [DDPG])
-    noise_sigma: float = 0.2
-    # pull of this Ornstein-Uhlenbeck noise to 0 per step (section 7 of [DDPG]; 1: Gaussian noise)
-    noise_theta: float = 0.15
+    noise_sigma: float = 0.2  # scale of noise on continuous actions in -1..1 (section 7 of [DDPG])
+    noise_theta: float = 0.15  # pull of this noise to 0 per step (section 7 of [DDPG]; 1: Gaussian noise)
     logit_penalty: float = 1e-3  # weight of discrete actions' mean square logits in the loss (official code)
     reward_scale: float = 1.0  # factor on rewards in the critic's targets; logged returns are without it
 
@@ -92,6 +90,11 @@ class Args:
             raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}")
 
 
+# particle tasks: games, replay, critic updates, tau of dop_deterministic.py, learning rates of [DDPG]
+MPE = dict(
+    num_envs=32, actor_lr=1e-4, critic_lr=1e-3, tau=0.05, batch_size=256, buffer_size=250_000,
+    warmup_steps=5_000, update_every=32,
+)  # fmt: skip
 # environment id -> what differs from the defaults
 PRESETS = {
     # [MASQL]: 150 epochs of 100 steps, 1000 samples first, reward x 0.1, layers of 100; or [DDPG]
@@ -100,19 +103,12 @@ PRESETS = {
         actor_lr=1e-4, critic_lr=1e-3, critic_weight_decay=1e-2, gamma=0.99, tau=1e-3, hidden_dim=100,
         final_init=3e-3, max_grad_norm=0, batch_size=64, warmup_steps=1_000, update_every=1, reward_scale=0.1,
     ),
-    # particle tasks: games, replay, critic updates, tau of dop_deterministic.py, learning rates of [DDPG]
-    "aggregation": dict(
-        total_timesteps=500_000, num_envs=32, eval_every=20_000, log_every=5_000, actor_lr=1e-4,
-        critic_lr=1e-3, tau=0.05, batch_size=256, buffer_size=250_000, warmup_steps=100_000, update_every=32,
+    # [DOP]'s tasks, where its baselines have the delay too
+    "aggregation": MPE | dict(
+        total_timesteps=500_000, eval_every=20_000, log_every=5_000, warmup_steps=100_000, policy_delay=2,
     ),
-    "mill": dict(
-        total_timesteps=60_000, num_envs=32, actor_lr=1e-4, critic_lr=1e-3, tau=0.05, batch_size=256,
-        buffer_size=250_000, warmup_steps=5_000, update_every=32,
-    ),
-    "spread": dict(
-        total_timesteps=500_000, num_envs=32, eval_every=20_000, actor_lr=1e-4, critic_lr=1e-3, tau=0.05,
-        batch_size=256, buffer_size=250_000, warmup_steps=5_000, update_every=32,
-    ),
+    "mill": MPE | dict(total_timesteps=60_000, policy_delay=2),
+    "spread": MPE | dict(total_timesteps=500_000, eval_every=20_000),
     "cdm": dict(
         total_timesteps=10_000, num_envs=4, log_every=100, eval_every=500, eval_episodes=1, save_every=0,
         batch_size=128, warmup_steps=256, update_every=4,
@@ -165,10 +161,8 @@ class Actor(Perceptrons):
     """A policy network per agent: continuous actions in -1..1, or the logits of discrete ones."""
 
     def __init__(self, env, args):
-        if env.n_actions:
-            low, high = torch.zeros(2, env.n_agents, env.n_actions)
-        else:
-            low, high = map(torch.as_tensor, (env.single_action_space.low, env.single_action_space.high))
+        space, shape = env.single_action_space, (2, env.n_agents, env.n_actions)
+        low, high = torch.zeros(shape) if env.n_actions else map(torch.as_tensor, (space.low, space.high))
         sizes = (env.obs_dim, args.hidden_dim, args.hidden_dim, low.shape[1])
         super().__init__(env.n_agents, *sizes, final_init=args.final_init)
         self.register_buffer("low", low)  # (N, D), the environment's bounds
@@ -197,6 +191,13 @@ class Critic(Perceptrons):
 
 
 # ---- equations ----
+def td_targets(reward, terminated, next_q, gamma):
+    """Targets of the critics, all (B, G); nothing follows a terminated step, next_q a truncated one."""
+    assert reward.shape == terminated.shape == next_q.shape
+    # Eq. 6 of [MADDPG]: y = r + gamma Q'(x', a'_1..a'_N) with a'_j = mu'_j(o'_j)
+    return reward + gamma * (1 - terminated.to(reward.dtype)) * next_q
+
+
 def gumbel_softmax(logits, generator):
     """Samples (..., A) as one-hot vectors, with the gradient of the softmax at temperature 1."""
     noise = -torch.empty_like(logits).exponential_(generator=generator).clamp_min(1e-30).log()
@@ -208,13 +209,6 @@ def gumbel_softmax(logits, generator):
 def noise_step(noise, theta, sigma, generator):
     """The next Ornstein-Uhlenbeck noise, any shape: x <- (1 - theta) x + sigma N(0, 1)."""
     return (1 - theta) * noise + sigma * torch.randn(noise.shape, generator=generator, device=noise.device)
-
-
-def td_targets(reward, terminated, next_q, gamma):
-    """Targets of the critics, all (B, G); nothing follows a terminated step, next_q a truncated one."""
-    assert reward.shape == terminated.shape == next_q.shape
-    # Eq. 6 of [MADDPG]: y = r + gamma Q'(x', a'_1..a'_N) with a'_j = mu'_j(o'_j)
-    return reward + gamma * (1 - terminated.to(reward.dtype)) * next_q
 
 
 def own_in_joint(own, others):
@@ -325,8 +319,8 @@ def merge(*parts):
     return [x[:1] for x in parts] if same else parts
 
 
-def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator):
-    """Critic, actors and targets on one batch, as in Algorithm 1 of [MADDPG]."""
+def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator, train_actor=True):
+    """Critic, and if `train_actor` actors and targets, on one batch, as in Algorithm 1 of [MADDPG]."""
     discrete, reward = batch.avail_actions is not None, args.reward_scale * batch.reward
     actions = encode(actor, batch.actions)  # (B, N, D)
     obs, next_obs, next_state = merge(batch.obs, batch.next_obs, batch.next_state)  # (U, ...), U = B or 1
@@ -346,6 +340,10 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
     # Eq. 6 of [MADDPG]: L = E[(Q(x, a_1..a_N) - y)^2]
     critic_loss = critic.groups * F.mse_loss(q_taken, td_target)
     grad_norm_critic = descend(optimizers[1], critic_loss, args.max_grad_norm)
+    losses = {"critic_loss": critic_loss.detach(), "q_taken": q_taken.detach().mean()}
+    losses |= {"td_target": td_target.mean(), "grad_norm_critic": grad_norm_critic}
+    if not train_actor:
+        return losses
 
     # actor
     policy = actor(obs, batch.avail_actions).expand_as(actions)  # (B, N, D)
@@ -361,9 +359,7 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
     # targets
     follow(actor_target, actor, args.tau)
     follow(critic_target, critic, args.tau)
-    losses = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_taken": q_taken.mean()}
-    losses |= {"td_target": td_target.mean(), "grad_norm_actor": grad_norm_actor}
-    return {name: value.detach() for name, value in losses.items()} | {"grad_norm_critic": grad_norm_critic}
+    return losses | {"actor_loss": actor_loss.detach(), "grad_norm_actor": grad_norm_actor}
 
 
 # ---- logging ----
@@ -456,7 +452,10 @@ if __name__ == "__main__":
         for _ in range(updates if buffer.n_steps >= args.warmup_steps else 0):
             iteration += 1
             batch = buffer.sample(args.batch_size, generator)
-            losses = update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator)
+            losses |= update(
+                args, actor, critic, actor_target, critic_target, optimizers, batch, generator,
+                train_actor=iteration % args.policy_delay == 0,
+            )  # fmt: skip
         train_seconds += time.perf_counter() - started
 
         # log, evaluate, save

@@ -445,7 +445,7 @@ MISTAKES = {  # what comes behind which flags
     ("maac",): {
         "--env mil": "unknown environment 'mil': did you mean mill",
         "--alpha -1": "--alpha must be at least 0",
-        "--heads 3": "--critic-dim must be a multiple of --heads, 3, got 16",
+        "--heads 3": "--critic-dim 16 is no multiple of --heads 3",
     },
 }
 

@@ -19,8 +19,9 @@ EVERYWHERE = ["parse_args", "due", "log"]
 # names that stand for another thing in each file of a family; all other names that two files share are equal
 DIFFERENT = {
     "EPISODE": {"Args", "PRESETS", "LIMITS", "FIXED", "update", "act"},
-    "STEP": {"Args", "PRESETS", "LIMITS", "FIXED", "update", "act", "td_targets", "Actor", "encode"},
+    "STEP": {"Args", "MPE", "PRESETS", "LIMITS", "FIXED", "update", "act", "td_targets", "encode"},
 }
+DIFFERENT["STEP"] |= {"Actor", "Actor.forward", "Critic"}
 BANNERS = "settings networks equations storage acting update logging run".split()
 BANNERS += ["networks and storage", "loop", "close"]
 # parts of main: from the first line that starts with this to the first that starts with that
@@ -31,12 +32,12 @@ EVERYWHERE_IN_MAIN = [
     ("    losses, recent, stop", "    if global_step +"),
     ("    writer = ", "        # act, step"),
     ("        train_seconds += ", "            charts |= "),  # charts of schedules
-    ("            log(writer, global_step, losses", "        progress |= "),
+    ("            numbers = ", "        progress |= "),
     ("        if due(args.save_every", "END"),
 ]
 FAMILY_IN_MAIN = {
     "EPISODE": [("        # act, step", "        # update"), ("    progress = ", "        # act, step")],
-    "STEP": [("        ended = done", "            losses = "), ("    progress = ", "        # act, step")],
+    "STEP": [("        ended = done", "            losses |= "), ("    progress = ", "        # act, step")],
 }
 
 
@@ -49,12 +50,15 @@ def part(name, start, end):
 
 
 def definitions(name):
-    """Name -> source of every function, class and constant of a file."""
+    """Name -> source of every function, class, method (but how it is made) and constant of a file."""
     text, found = TEXT[name], {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(x.lineno for x in node.decorator_list)]) - 1
             found[node.name] = "\n".join(text.splitlines()[first : node.end_lineno])
+            if isinstance(node, ast.ClassDef):
+                methods = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name != "__init__"]
+                found |= {f"{node.name}.{x.name}": ast.get_source_segment(text, x) for x in methods}
         elif isinstance(node, ast.Assign):
             found[node.targets[0].id] = ast.get_source_segment(text, node)
     return found
