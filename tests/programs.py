@@ -250,11 +250,6 @@ def with_garbage(batch):
 
 
 # ---- transitions ----
-def action_bounds(discrete):
-    """Low and high (N, D) of Aim's actions; of discrete ones only the shape (N, A) counts."""
-    return torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
-
-
 def games(discrete):
     """What networks must know of an environment: Aim's, or one with discrete actions."""
     sizes = dict(n_agents=N, obs_dim=Aim.OBS, state_dim=Aim.S, n_actions=A if discrete else None)
@@ -300,6 +295,19 @@ def gradients_of(monkeypatch, module, parts, **options):
     with monkeypatch.context() as patch:
         seen = catch_gradients(patch, module)
         return module.update(*parts, seeded(), **options), *seen
+
+
+def check_update(module, parts, train_actor):
+    """Critics move, and only if `train_actor` actors too, and targets by a quarter of the way."""
+    before = [[x.clone() for x in part.parameters()] for part in parts[1:5]]
+    logs = module.update(*parts, seeded(), train_actor=train_actor)
+    after = [list(part.parameters()) for part in parts[1:5]]
+    actor, critic, *targets = [not same(x, y) for x, y in zip(before, after, strict=True)]
+    assert critic and actor == train_actor and targets == [train_actor] * 2
+    assert ("actor_loss" in logs) == train_actor and all(x.isfinite() for x in logs.values())
+    for live, target in ((0, 2), (1, 3)) if train_actor else ():
+        expected = [0.75 * x + 0.25 * y for x, y in zip(before[target], after[live], strict=True)]
+        torch.testing.assert_close(after[target], expected)
 
 
 # ---- numbers and networks ----

@@ -162,6 +162,22 @@ def test_targets_are_copied_every_period(run, program):
         assert same(target, start) and not same(live, start)
 
 
+@pytest.mark.parametrize("program", ["maddpg", "dop_deterministic", "maac"])
+def test_actors_and_targets_are_updated_every_policy_delay(run, program):
+    for delay, moved in ((100, False), (38, True)):
+        states = checkpoint(run("--policy-delay", str(delay))[2])
+        assert states["iteration"] == 38
+        assert same(states["actor"], states["actor_target"]) != moved  # equal at the start
+        assert not same(states["critic"], states["critic_target"])
+        assert ("step" in str(states["actor_optimizer"]["state"])) == moved
+
+
+@pytest.mark.parametrize("program", ["maddpg", "dop_deterministic", "maac"])
+def test_actors_wait_in_the_tasks_of_the_dop_paper(parse, program):
+    """Appendix G.2: DOP's delay, "also" of "all the baselines"."""
+    assert [parse("--env", env).policy_delay for env in ("aggregation", "mill")] == [2, 2]
+
+
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "masql"])
 def test_an_environment_biases_the_untrained_policy_and_targets_start_as_copies(run, program):
     """One update would change them, so none happens."""
@@ -299,6 +315,7 @@ def test_what_a_resumed_run_cannot_do(run, program):
 
 # setting that decides shapes or meaning -> another value of it
 FIXED = {"env": "cdm", "seed": "77", "num_envs": "3", "hidden_dim": "5", "heads": "2", "setting": "paper"}
+FIXED |= {"critic_dim": "24", "critic_hidden_dim": "5", "reward_scale": "0.25"}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

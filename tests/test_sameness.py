@@ -50,13 +50,13 @@ def part(name, start, end):
 
 
 def definitions(name):
-    """Name -> source of every function, class, method (but how it is made) and constant of a file."""
+    """Name -> source of functions, classes, constants; of networks also methods, but for `__init__`."""
     text, found = TEXT[name], {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(x.lineno for x in node.decorator_list)]) - 1
             found[node.name] = "\n".join(text.splitlines()[first : node.end_lineno])
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and node.bases:
                 methods = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name != "__init__"]
                 found |= {f"{node.name}.{x.name}": ast.get_source_segment(text, x) for x in methods}
         elif isinstance(node, ast.Assign):
