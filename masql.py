@@ -192,14 +192,14 @@ def svgd_direction(fixed, score, updated):
     score, mostly grad_a Q / alpha, is the gradient of the log density that the actions should get.
     """
     assert fixed.shape == score.shape
-    difference = fixed.unsqueeze(2) - updated.unsqueeze(1)  # (B, K, K, J)
-    distance = difference.square().sum(-1)  # (B, K, K), squared
+    distance = torch.cdist(fixed, updated).square()  # (B, K, K)
     # section 5 of Liu and Wang 2016, "Stein Variational Gradient Descent": h = median / log K
     width = (distance.flatten(1).median(1).values / math.log(fixed.shape[1])).clamp_min(1e-3)[:, None, None]
     kernel = (-distance / width).exp()  # (B, K, K), k(fixed, updated)
-    kernel_gradient = (-2 / width * kernel).unsqueeze(-1) * difference  # (B, K, K, J), by fixed
-    # Eq. 13 of [SQL] over alpha, as Eq. 3 of [MASQL]: E_{a ~ pi}[k(a, f) grad_a Q / alpha + grad_a k(a, f)]
-    return (kernel.unsqueeze(-1) * score.unsqueeze(2) + kernel_gradient).mean(1)
+    # Eq. 13 of [SQL] over alpha, as Eq. 3 of [MASQL]: E_{a ~ pi}[k(a, f) grad_a Q / alpha + grad_a k(a, f)],
+    # where grad_a k(a, f) = 2 / width (f - a) k(a, f); as products of matrices, without all pairs' vectors
+    attraction = torch.bmm(kernel.mT, score - 2 / width * fixed)  # (B, K, J)
+    return (attraction + 2 / width * kernel.sum(1).unsqueeze(-1) * updated) / fixed.shape[1]
 
 
 def annealed_alpha(step, start, steps, alpha_start, alpha_end, annealing):
@@ -324,8 +324,9 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
 
     # actor
     noise = torch.randn(len(obs), 2 * K, N, J, generator=generator, device=obs.device)
-    actions = actor(obs, noise).transpose(1, 2)  # (U, N, 2 K, J), each agent's apart
-    fixed, updated = actions[:, :, :K].detach().requires_grad_(), actions[:, :, K:]  # (U, N, K, J)
+    with torch.no_grad():
+        fixed = actor(obs, noise[:, :K]).transpose(1, 2)  # (U, N, K, J), each agent's apart
+    fixed, updated = fixed.requires_grad_(), actor(obs, noise[:, K:]).transpose(1, 2)  # both (U, N, K, J)
     # NOTE: as the official code of [SQL]: without this term particles push each other onto the bounds
     squash = (1 - fixed.square() + 1e-6).log().sum()
     log_density = critic(state, fixed.flatten(1, 2)).sum() / alpha + squash
