@@ -70,19 +70,16 @@ class Args:
     max_grad_norm: float = 0.0  # norm that gradients are clipped to (0: no clipping)
     batch_size: int = 64  # transitions per update (appendix of [SQL])
     buffer_size: int = 1_000_000  # transitions in the replay buffer (appendix of [SQL])
-    # environment steps before the first update, by the untrained samplers (Experiments of [MASQL])
-    warmup_steps: int = 1_000
+    warmup_steps: int = 1_000  # environment steps before the first update (Experiments of [MASQL])
     update_every: int = 1  # environment steps per update (appendix of [SQL])
     target_period: int = 1_000  # updates between two copies to the target critic (appendix of [SQL])
     alpha_start: float = 1.0  # temperature until the annealing (Experiments of [MASQL])
     alpha_end: float = 1e-3  # temperature after the annealing (Experiments of [MASQL])
-    # how alpha falls (exponentially in the appendix of [SQL]; [MASQL] leaves it open)
-    annealing: Literal["exponential", "linear", "instant"] = "exponential"
+    annealing: Literal["exponential", "linear", "instant"] = "exponential"  # how alpha falls ([SQL])
     anneal_start: int = 60_000  # environment step at which alpha begins to fall
     anneal_steps: int = 20_000  # environment steps that its fall takes, unless instant
     value_samples: int = 50  # uniform joint actions per state in the soft value (appendix of [SQL])
-    # particles that attract, and as many that move, per state and agent (appendix of [SQL])
-    particles: int = 32
+    particles: int = 32  # that attract, and as many that move, per state and agent (appendix of [SQL])
     reward_scale: float = 1.0  # factor on rewards in the critic's targets; logged returns are without it
 
     def __post_init__(self):
@@ -91,6 +88,11 @@ class Args:
             raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}")
 
 
+# particle tasks: games and replay of the siblings, and fewer updates, as each costs ten of theirs or more
+MPE = dict(
+    total_timesteps=500_000, num_envs=32, buffer_size=250_000, warmup_steps=5_000, update_every=96,
+    target_period=20, actor_lr=1e-3, anneal_start=300_000, anneal_steps=100_000,
+)  # fmt: skip
 # environment id -> what differs from the defaults
 PRESETS = {
     # [MASQL]: 150 epochs of 100 steps, alpha falls in epochs 100 to 115, reward x 0.1
@@ -98,7 +100,11 @@ PRESETS = {
         total_timesteps=15_000, num_envs=1, log_every=100, eval_every=1_000, eval_episodes=1, save_every=0,
         anneal_start=10_000, anneal_steps=1_500, reward_scale=0.1,
     ),
+    "aggregation": MPE | dict(eval_every=20_000, log_every=5_000, warmup_steps=100_000),
+    "mill": MPE | dict(total_timesteps=60_000, batch_size=32, anneal_start=30_000, anneal_steps=10_000),
+    "spread": MPE | dict(eval_every=20_000, gamma=0.95),
 }  # fmt: skip
+PRESETS |= {"aggregation_hard": PRESETS["aggregation"]}
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
 LIMITS = {"seed": (0, 2**32 - 1)} | dict.fromkeys(("eval_every", "save_every", "warmup_steps"), (0, math.inf))
 LIMITS |= dict.fromkeys(("anneal_start", "reward_scale", "max_grad_norm"), (0, math.inf))
@@ -268,8 +274,7 @@ def act(actor, obs, avail_actions, memory=None, generator=None):
     noise = obs.new_zeros(B, 1, N, N * D)
     if generator is not None:
         noise.normal_(generator=generator)
-    joint = actor(obs, noise).view(B, N, N, D)
-    own = joint.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, N, D)
+    own = actor(obs, noise).view(B, N, N, D).diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, N, D)
     return torch.lerp(actor.low, actor.high, (own + 1) / 2), memory
 
 
@@ -324,9 +329,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
 
     # actor
     noise = torch.randn(len(obs), 2 * K, N, J, generator=generator, device=obs.device)
-    with torch.no_grad():
-        fixed = actor(obs, noise[:, :K]).transpose(1, 2)  # (U, N, K, J), each agent's apart
-    fixed, updated = fixed.requires_grad_(), actor(obs, noise[:, K:]).transpose(1, 2)  # both (U, N, K, J)
+    fixed = actor(obs, noise[:, :K]).detach().transpose(1, 2).requires_grad_()  # (U, N, K, J)
+    updated = actor(obs, noise[:, K:]).transpose(1, 2)  # (U, N, K, J), each agent's apart
     # NOTE: as the official code of [SQL]: without this term particles push each other onto the bounds
     squash = (1 - fixed.square() + 1e-6).log().sum()
     log_density = critic(state, fixed.flatten(1, 2)).sum() / alpha + squash
