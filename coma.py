@@ -159,17 +159,37 @@ class Actor(nn.Module):
         self.gru = nn.GRU(hidden_dim, hidden_dim)
         self.head = nn.Linear(hidden_dim, n_actions)
 
-    def forward(self, obs, last_actions, hidden=None):
-        """obs (B, T, N, O), last_actions (B, T, N), -1: none -> logits (B, T, N, A) and hidden (B, N, H)."""
-        B, _, N, _ = obs.shape
+    def embed(self, obs, last_actions):
+        """obs (..., N, O), last_actions (..., N), -1: none -> (..., N, H)."""
         # a one-hot input picks a column of the weight, so look that up; row 0 of the table is "no action yet"
         w_obs, w_action, w_agent = self.fc.weight.split(self.in_dims, dim=1)  # (H, O), (H, A), (H, N)
         table = F.pad(w_action.t(), (0, 0, 1, 0))  # (1 + A, H)
-        x = F.linear(obs, w_obs, self.fc.bias) + F.embedding(last_actions + 1, table) + w_agent.t()
-        x = F.relu(x).transpose(0, 1).flatten(1, 2)  # (T, B * N, H)
-        x, hidden = self.gru(x, None if hidden is None else hidden.flatten(0, 1).unsqueeze(0))
-        logits = self.head(x).unflatten(1, (B, N)).transpose(0, 1)  # (B, T, N, A)
-        return logits, hidden.view(B, N, self.gru.hidden_size)
+        return F.relu(F.linear(obs, w_obs, self.fc.bias) + F.embedding(last_actions + 1, table) + w_agent.t())
+
+    def forward(self, obs, last_actions, hidden=None):
+        """One step: obs (B, N, O), last_actions (B, N) -> logits (B, N, A) and the next hidden (B, N, H)."""
+        x = self.embed(obs, last_actions).view(1, -1, self.gru.hidden_size)  # (1, B * N, H)
+        _, hidden = self.gru(x, None if hidden is None else hidden.view(x.shape))
+        hidden = hidden.view(*obs.shape[:2], -1)
+        return self.head(hidden), hidden
+
+    def unroll(self, batch):
+        """The same for whole episodes from their first step on: (B, T + 1, N, A), 0 behind their ends."""
+        (B, T, N), steps = batch.actions.shape, [n + 1 for n in batch.length]
+        last_actions = F.pad(batch.actions, (0, 0, 1, 0), value=-1)  # (B, T + 1, N)
+        order = batch.mask.sum(1).argsort(descending=True)  # (B,), so that the rows that go on lie together
+        seen = F.pad(batch.mask, (1, 0), value=True)[order]  # (B, T + 1)
+        row, time = seen.nonzero_static(size=sum(steps)).unbind(1)  # (M + B,), nothing is spent on padding
+        at = order[row], time
+        x = self.embed(batch.obs[at], last_actions[at])  # (M + B, N, H)
+        x = x.new_zeros(T + 1, B, *x.shape[1:]).index_put((time, row), x).flatten(1, 2)  # (T + 1, B * N, H)
+        hidden, parts = x.new_zeros(1, *x.shape[1:]), []
+        for start in range(0, T + 1, 32):
+            n = N * sum(length > start for length in steps)  # rows that go on
+            part, hidden = self.gru(x[start : start + 32, :n], hidden[:, :n])
+            parts.append(F.pad(part, (0, 0, 0, B * N - n)))
+        x = self.head(torch.cat(parts).unflatten(1, (B, N))[time, row])  # (M + B, N, A)
+        return x.new_zeros(B, T + 1, *x.shape[1:]).index_put(at, x)
 
 
 class CounterfactualCritic(nn.Module):
@@ -320,8 +340,8 @@ EVALUATION_SEED = 1_000_000
 def act(actor, obs, avail_actions, memory=None, epsilon=0.0, generator=None):
     """Actions (B, N) of one step, greedy without a generator, and the memory (they, hidden) for the next."""
     last_actions, hidden = memory or (torch.full_like(avail_actions[..., 0], -1, dtype=torch.int64), None)
-    logits, hidden = actor(obs.unsqueeze(1), last_actions.unsqueeze(1), hidden)  # (B, 1, N, A)
-    pi = epsilon_policy(logits.squeeze(1), avail_actions, epsilon)  # (B, N, A)
+    logits, hidden = actor(obs, last_actions, hidden)  # (B, N, A), (B, N, H)
+    pi = epsilon_policy(logits, avail_actions, epsilon)  # (B, N, A)
     actions = pi.argmax(-1) if generator is None else sample_actions(pi, generator)
     return actions, (actions, hidden)
 
@@ -386,8 +406,7 @@ def load(run, parts, generators=()):
 # ---- update ----
 def policy(actor, batch, epsilon):
     """pi (B, T + 1, N, A) of whole episodes, in one pass from their first step."""
-    last_actions = F.pad(batch.actions, (0, 0, 1, 0), value=-1)  # (B, T + 1, N)
-    return epsilon_policy(actor(batch.obs, last_actions)[0], batch.avail_actions, epsilon)
+    return epsilon_policy(actor.unroll(batch), batch.avail_actions, epsilon)
 
 
 def descend(optimizer, loss, max_norm):

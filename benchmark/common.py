@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-ENGINE = "embedded simulator"  # of every SMAC number that these scripts produce
+ENGINE = "embedded simulator, Warp kernels"  # of every SMAC number that these scripts produce
 CODE = [":(glob)*.py", "envs", "benchmark", "requirements.txt"]  # what can change a number
 
 

@@ -2,11 +2,14 @@
 
     python benchmark/throughput.py
     python benchmark/throughput.py --peer smax --peer-python .venv-smax/bin/python
+    git worktree add ../torch-engine cd8fb3c
+    python benchmark/throughput.py --peer torch torch_compiled --tree ../torch-engine
 
 The peers are SMAX of the registry package jaxmarl for battles, mpe2 and vmas for particle tasks, in an
-interpreter of their own (see docs/benchmark.md). For each task and batch size ours in eager mode, ours
-compiled and the peers take turns, and a number is the median of the turns. Compilation and the first steps
-are not counted. Writes docs/results/throughput.json and .md.
+interpreter of their own (see docs/benchmark.md), and an earlier version of ours in a work tree of its own:
+the battle engine in torch, eager and compiled. For each task and batch size ours and the peers take turns;
+a number is the median of the turns. Compilation and the first steps are not counted. Writes
+docs/results/throughput.json and .md.
 """
 
 import argparse
@@ -28,8 +31,11 @@ from benchmark.common import ENGINE, RESULTS, describe, markdown_table, metadata
 from envs import make
 
 PARTICLES = ("aggregation", "spread,n_agents=5")  # 5 agents in the plane, 25 steps
+BATTLES = ("mmm", "2s3z", "10m_vs_11m", "3m")
 # name -> script that plays it, package and version, our tasks that it is measured beside
 PEERS = {
+    "torch": ("throughput_torch.py", "torch", None, BATTLES),
+    "torch_compiled": ("throughput_torch.py", "torch", None, BATTLES),
     "smax": ("throughput_smax.py", "jaxmarl", "0.2.0", ("2s3z", "10m_vs_11m")),  # the same units
     "mpe2": ("throughput_particles.py", "mpe2", "1.1.1", PARTICLES),
     "vmas": ("throughput_particles.py", "vmas", "1.5.2", PARTICLES),
@@ -40,10 +46,9 @@ WARM_UP = 100  # steps: longer than a random game, so that the games are no long
 class Ours:
     """Our environment under a random policy; `turn(seconds)` returns env steps per second."""
 
-    def __init__(self, env_id, num_envs, compile, device):
+    def __init__(self, env_id, num_envs, device, **options):
         torch.manual_seed(0)
         self.device = device
-        options = {"compile": True} if compile else {}
         self.env = make(env_id, num_envs=num_envs, device=device, seed=0, validate=False, **options)
         self.env.reset()
         if isinstance(self.env.single_action_space, spaces.Box):
@@ -83,13 +88,15 @@ class Ours:
 class Peer:
     """A script of PEERS in another interpreter, asked line by line; it sleeps while others play."""
 
-    def __init__(self, name, python, threads):
+    def __init__(self, name, python, threads, device="cpu", tree=None):
         script, package, version, _ = PEERS[name]
         find = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({package!r}))"
         if subprocess.run([python, "-c", find]).returncode:
             install = f"{python} -m pip install {package}=={version}"
             raise SystemExit(f"throughput.py: {python} has no {package}, install it with: {install}")
         words = [python, str(Path(__file__).with_name(script)), "--peer", name, "--threads", str(threads)]
+        if name.startswith("torch"):
+            words += ["--tree", str(tree), "--device", device]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions = self._read()
 
@@ -129,11 +136,8 @@ def cores(threads):
 
 def measure(env_id, num_envs, args, peers):
     """{way: {"steps_per_second": median, "turns": [...]}} of one map and batch size."""
-    torch.compiler.reset()  # else sizes after the first would be compiled with a variable shape
     gc.collect()
-    ways = {}
-    for compile in [False, True] if args.compile else [False]:
-        ways["compiled" if compile else "eager"] = Ours(env_id, num_envs, compile, args.device)
+    ways = {"ours": Ours(env_id, num_envs, args.device)}
     for name, peer in peers.items():
         if env_id.lower() in PEERS[name][-1]:
             peer.ask("build", env_id, num_envs)
@@ -149,16 +153,15 @@ def measure(env_id, num_envs, args, peers):
 
 
 def table_of(results, env_id, threads):
-    """Markdown: one line per batch size, the ways and the ratios of our better one to the peers."""
+    """Markdown: one line per batch size, the ways and the ratios of ours to the peers."""
     chosen = [r for r in results if r["env"] == env_id and r["threads"] == threads]
     ways = list(chosen[0]["ways"])
     peers = [way for way in ways if way in PEERS]
     rows = []
     for result in chosen:
         speed = {way: result["ways"][way]["steps_per_second"] for way in ways}
-        ours = max(value for way, value in speed.items() if way not in peers)
         rows.append([result["num_envs"], *(f"{speed[way]:,.0f}" for way in ways)])
-        rows[-1] += [f"{ours / speed[peer]:.2f}" for peer in peers]
+        rows[-1] += [f"{speed['ours'] / speed[peer]:.2f}" for peer in peers]
     return markdown_table(["games", *ways, *(f"ours / {peer}" for peer in peers)], rows)
 
 
@@ -173,7 +176,7 @@ def main(argv=None):
     parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count()], help="one table for each")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager mode only")
+    parser.add_argument("--tree", type=Path, help="work tree of the torch engine, for the peers torch*")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--peer", nargs="+", default=[], choices=PEERS, help="measure these simulators in the same run"
@@ -185,13 +188,19 @@ def main(argv=None):
         "--out", type=Path, default=RESULTS / "throughput", help="result files, without suffix"
     )
     args = parser.parse_args(argv)
+    if not args.tree and any(name.startswith("torch") for name in args.peer):
+        parser.error(
+            "the torch engine is commit cd8fb3c: git worktree add ../torch-engine cd8fb3c, then --tree"
+        )
     command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command, device=args.device)
     battles = [env_id for env_id in args.envs if env_id.lower() not in PARTICLES]
     about |= ({"engine": ENGINE} if battles else {}) | {"results": []}
     for threads in args.threads:
         with cores(threads):
-            peers = {name: Peer(name, args.peer_python, threads) for name in args.peer}
+            peers = {
+                name: Peer(name, args.peer_python, threads, args.device, args.tree) for name in args.peer
+            }
             about |= {"peer": " and ".join(peer.versions for peer in peers.values())} if peers else {}
             for env_id in args.envs:
                 for num_envs in args.num_envs:

@@ -1,19 +1,27 @@
 """Settings of the whole test run, and fixtures that run a program."""
 
 import functools
+import os
 import re
 import runpy
 import signal
 import sys
 from pathlib import Path
 
-import programs
 import pytest
 import torch
 
 import envs
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests of the battle engine play: cpu or cuda")
+
+
+def pytest_configure(config):
+    os.environ["TEST_DEVICE"] = config.getoption("--device")  # for battles.py
 
 
 @pytest.fixture
@@ -25,6 +33,8 @@ def program(request):
 @pytest.fixture
 def parse(program, monkeypatch):
     """Flags -> the settings that the program makes of them."""
+
+    import programs  # here, so that the engine's tests need nothing but the engine
 
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *flags])
@@ -39,6 +49,8 @@ def run(program, script, tmp_path):
 
     The flags follow those of a small run on `env`, the program's toy unless told; None: they stand alone.
     """
+    import programs
+
     toy = programs.toy_of(program)
 
     def run(*flags, env=toy):
@@ -53,6 +65,8 @@ def run(program, script, tmp_path):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a file of the repository in this process: name and words -> exit code or message, and stdout."""
+    import programs
+
     for name, (cls, arguments) in programs.TOYS.items():
         monkeypatch.setitem(envs._REGISTRY, name, ("programs", cls, arguments))
 

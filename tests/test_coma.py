@@ -173,8 +173,8 @@ def test_iteration_equals_a_loop_over_episodes_steps_and_agents(monkeypatch, lim
         hidden, pi = None, []
         for t in range(length + 1):
             last = batch.actions[i, t - 1] if t else torch.full((N,), -1)
-            logits, hidden = actor(batch.obs[i, t].view(1, 1, N, OBS), last.view(1, 1, N), hidden)
-            pi.append(coma.epsilon_policy(logits[0, 0], batch.avail_actions[i, t], 0.3))
+            logits, hidden = actor(batch.obs[i, t].view(1, N, OBS), last.view(1, N), hidden)
+            pi.append(coma.epsilon_policy(logits[0], batch.avail_actions[i, t], 0.3))
 
         def inputs(t, i=i, length=length):
             actions = drawn[0][i] if t == length else batch.actions[i, t]

@@ -17,27 +17,32 @@ SCRIPT, OBS, S = Path(dop.__file__), Toy.OBS, Toy.S
 
 
 # ---- networks ----
-def test_whole_episodes_and_single_steps_give_the_same_logits():
+@pytest.mark.parametrize("length", [[3, 70, 31, 1, 70, 32, 33], [1], [64, 63]])
+def test_whole_episodes_and_single_steps_give_the_same_logits_and_gradients(double, length):
     torch.manual_seed(0)
-    actor = dop.Actor(OBS, N, A, 16)
-    obs, actions = torch.randn(4, 7, N, OBS), torch.randint(A, (4, 7, N))
-    last_actions = F.pad(actions[:, :-1], (0, 0, 1, 0), value=-1)
-    whole, last_hidden = actor(obs, last_actions)
-    hidden = torch.zeros(4, N, 16)
-    for t in range(7):
-        logits, hidden = actor(obs[:, t : t + 1], last_actions[:, t : t + 1], hidden)
-        torch.testing.assert_close(logits[:, 0], whole[:, t])
-    torch.testing.assert_close(hidden, last_hidden)
+    B, T, actor = len(length), max(length), dop.Actor(OBS, N, A, 16)
+    obs, actions = torch.randn(B, T + 1, N, OBS), torch.randint(A, (B, T, N))
+    last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)
+    mask, hidden, steps = torch.arange(T) < torch.tensor(length).unsqueeze(1), None, []
+    whole = actor.unroll(dop.Batch(obs, None, None, actions, None, None, mask, length))
+    for t in range(T + 1):
+        logits, hidden = actor(obs[:, t], last_actions[:, t], hidden)
+        steps.append(logits)
+    steps = torch.stack(steps, 1) * F.pad(mask, (1, 0), value=True)[:, :, None, None]
+    torch.testing.assert_close(whole, steps)
+    losses = [(x * x.detach().sin()).sum() for x in (whole, steps)]
+    slopes = [torch.autograd.grad(loss, list(actor.parameters())) for loss in losses]
+    torch.testing.assert_close(*slopes)
 
 
 def test_looked_up_columns_equal_one_hot_inputs():
     torch.manual_seed(0)
     actor = dop.Actor(OBS, N, A, 16)
-    obs, last_actions = torch.randn(2, 1, N, OBS), torch.tensor([[[-1, 0, 4]], [[2, -1, -1]]])
+    obs, last_actions = torch.randn(2, N, OBS), torch.tensor([[-1, 0, 4], [2, -1, -1]])
     one_hot = F.one_hot(last_actions.clamp_min(0), A) * (last_actions >= 0).unsqueeze(-1)
-    ids = torch.eye(N).expand(2, 1, N, N)
+    ids = torch.eye(N).expand(2, N, N)
     x = torch.relu(actor.fc(torch.cat([obs, one_hot, ids], -1))).view(1, 2 * N, 16)
-    logits = actor.head(actor.gru(x)[0]).view(2, 1, N, A)
+    logits = actor.head(actor.gru(x)[0]).view(2, N, A)
     torch.testing.assert_close(actor(obs, last_actions)[0], logits)
 
 

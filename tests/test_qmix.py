@@ -157,11 +157,11 @@ def targets_oracle(parts):
         hidden, hidden_target, q_values, q_values_target = None, None, [], []
         for t in range(length + 1):
             last_actions = batch.actions[i, t - 1] if t else torch.full((N,), -1)
-            inputs = batch.obs[i, t].view(1, 1, N, OBS), last_actions.view(1, 1, N)
+            inputs = batch.obs[i, t].view(1, N, OBS), last_actions.view(1, N)
             q, hidden = actor(*inputs, hidden)
             q_target, hidden_target = actor_target(*inputs, hidden_target)
-            q_values.append(q[0, 0].tolist())
-            q_values_target.append(q_target[0, 0].tolist())
+            q_values.append(q[0].tolist())
+            q_values_target.append(q_target[0].tolist())
         for t in range(length):
             q_taken = [q_values[t][n][batch.actions[i, t, n]] for n in range(N)]
             q_tots.append(mixer_oracle(mixer, q_taken, batch.state[i, t]))
