@@ -23,6 +23,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -51,6 +52,7 @@ from dop_stochastic import (
 from envs import make
 
 N, A, OBS, S = 10, 16, 160, 290  # MMM: agents, actions, observation, state
+MMM = SimpleNamespace(n_agents=N, n_actions=A, obs_dim=OBS, state_dim=S, action_bias=None)
 ON, OFF, T = 16, 32, 60  # episodes and their length
 AGENTS, TRANSITIONS = 10, 1024  # of the learners from single steps
 KINDS = {False: "2-d continuous actions", True: "5 discrete actions"}
@@ -77,9 +79,8 @@ def random_batch(generator, B):
 def ours(setting, batch, generator):
     """A function that does one iteration of dop_stochastic.py."""
     args = Args(**PRESETS.get(setting, {}))
-    sizes = (S, N, A, 256, args.separate_critics)
-    actor = Actor(OBS, N, A, 64)
-    critic, critic_target = DecomposedCritic(*sizes), DecomposedCritic(*sizes)
+    actor = Actor(MMM, args)
+    critic, critic_target = (DecomposedCritic(MMM, args) for _ in range(2))
     optimizers = [
         torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5),
         torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5),
@@ -91,8 +92,8 @@ def ours_coma(generator):
     """The same of coma.py, with its default batch."""
     args = coma.Args()
     batch = random_batch(generator, args.batch_size)
-    actor = coma.Actor(OBS, N, A, 64)
-    critic, critic_target = (coma.CounterfactualCritic(OBS, S, N, A, 128) for _ in range(2))
+    actor = coma.Actor(MMM, args)
+    critic, critic_target = (coma.CounterfactualCritic(MMM, args) for _ in range(2))
     optimizers = [torch.optim.RMSprop(x.parameters(), lr=5e-4, alpha=0.99, eps=1e-5) for x in (actor, critic)]
     return lambda: coma.update(args, actor, critic, critic_target, optimizers, batch, 0.3, generator)
 
@@ -101,8 +102,8 @@ def ours_qmix(generator):
     """The same of qmix.py, with its default batch."""
     args = qmix.Args()
     batch = random_batch(generator, args.batch_size)
-    actor, actor_target = (qmix.Actor(OBS, N, A, 64) for _ in range(2))
-    mixer, mixer_target = (qmix.Mixer(S, N, embed_dim=32, hyper_dim=64) for _ in range(2))
+    actor, actor_target = (qmix.Actor(MMM, args) for _ in range(2))
+    mixer, mixer_target = (qmix.Mixer(MMM, args) for _ in range(2))
     parameters = [*actor.parameters(), *mixer.parameters()]
     optimizer = torch.optim.RMSprop(parameters, lr=args.lr, alpha=0.99, eps=1e-5)
     return lambda: qmix.update(args, actor, mixer, actor_target, mixer_target, optimizer, batch)

@@ -196,9 +196,8 @@ def same(x, y):
 def random_play(capacity=5, games=3, steps=200, limit=9, seed=0):
     """A buffer fed with numbered steps of games that end by themselves, and the episodes as plain lists."""
     rng, (OBS, S) = np.random.default_rng(seed), (Toy.OBS, Toy.S)
-    buffer = MODULES["dop_stochastic"].EpisodeBuffer(capacity, games, limit, N, OBS, S, A, "cpu")
-    for name in ("obs", "state", "reward"):
-        buffer.steps[name].fill_(float("nan"))
+    env = types.SimpleNamespace(episode_limit=limit, num_envs=games, device="cpu")
+    buffer = MODULES["dop_stochastic"].EpisodeBuffer(capacity, env, "")
     open_episodes, episodes, number = [[] for _ in range(games)], [], 0
     for _ in range(steps):
         number += 1
@@ -207,15 +206,21 @@ def random_play(capacity=5, games=3, steps=200, limit=9, seed=0):
         step["reward"] = torch.arange(games) / 100 + number
         step["avail_actions"] = step["avail_actions"].bool()
         step["obs"], step["state"] = step["obs"].float(), step["state"].float()
+        stored = step | {"obs": step["obs"].half(), "state": step["state"].half()}
         length = torch.tensor([len(x) + 1 for x in open_episodes])
         step["terminated"] = torch.tensor(rng.random(games) < 0.2)
         done = step["terminated"] | (length >= limit)
         info = {f"final_{name}": 1 - step[name].float() for name in ("obs", "state", "avail_actions")}
-        buffer.add(step, info, done.nonzero().squeeze(1))
+        stored["terminated"], info["episode_length"] = step["terminated"], length
+        if number == 1:
+            buffer.add(stored, info, [])
+            for name in ("obs", "state", "reward"):
+                buffer.steps[name].fill_(float("nan"))
+        buffer.add(stored, info, done.nonzero().squeeze(1))
         for game in range(games):
             open_episodes[game].append({name: value[game] for name, value in step.items()})
         for game in done.nonzero().flatten().tolist():
-            final = {name.removeprefix("final_"): value[game] for name, value in info.items()}
+            final = {name: info[f"final_{name}"][game] for name in ("obs", "state", "avail_actions")}
             episodes.append((open_episodes[game], final))
             open_episodes[game] = []
     return buffer, episodes
@@ -250,9 +255,9 @@ def with_garbage(batch):
 
 
 # ---- transitions ----
-def games(discrete):
+def games(discrete, of=Aim):
     """What networks must know of an environment: Aim's, or one with discrete actions."""
-    sizes = dict(n_agents=N, obs_dim=Aim.OBS, state_dim=Aim.S, n_actions=A if discrete else None)
+    sizes = dict(n_agents=N, obs_dim=of.OBS, state_dim=of.S, n_actions=A if discrete else None)
     space = spaces.MultiDiscrete([A] * N) if discrete else spaces.Box(LOW.numpy(), HIGH.numpy())
     return types.SimpleNamespace(**sizes, single_action_space=space, action_bias=None)
 

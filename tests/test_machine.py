@@ -146,12 +146,19 @@ def test_an_evaluation_counts_the_first_episode_of_each_game():
 # ---- environments ----
 @pytest.mark.parametrize(
     "env_id",
-    ["quadratic", "spread", "aggregation", "mill,discrete=True", "cdm,guided_share=0.5,guided_steps=80"],
+    [
+        "quadratic",
+        "spread",
+        "aggregation",
+        "mill,discrete=True",
+        "cdm,guided_share=0.5,guided_steps=80",
+        "3m",
+    ],
 )
 def test_games_go_on_where_others_were(env_id, tmp_path):
     def draw():
         if env.n_actions:
-            return torch.randint(env.n_actions, (4, env.n_agents))
+            return env.avail_actions().float().flatten(0, 1).multinomial(1).view(4, -1)
         return torch.rand(4, *env.single_action_space.shape) * 2 - 1
 
     torch.manual_seed(0)
