@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -382,10 +383,12 @@ if __name__ == "__main__":
     args = parse_args()
     # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    torch.manual_seed(args.seed)
+    # streams of their own for weights, games and exploration; 31 bits, as some games take no more
+    seeds = (np.random.SeedSequence(args.seed).generate_state(3) // 2).tolist()
+    torch.manual_seed(seeds[0])
     try:
         options = dict(device=args.device, actions="discrete", validate=False)
-        env = make(args.env, args.num_envs, seed=args.seed, **options)
+        env = make(args.env, args.num_envs, seed=seeds[1], **options)
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
@@ -394,7 +397,7 @@ if __name__ == "__main__":
     run = machine.open_folder(vars(args))
 
     # ---- networks and storage ----
-    generator = Stream(env.device).manual_seed(args.seed)
+    generator = Stream(env.device).manual_seed(seeds[2])
     actor, critic = Actor(env, args).to(env.device), CounterfactualCritic(env, args).to(env.device)
     critic_target = copy.deepcopy(critic)
     actor_optimizer = torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5)

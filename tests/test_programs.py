@@ -203,7 +203,7 @@ def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, program, en
     assert equal == [True, True, False]
 
 
-@pytest.mark.parametrize("program", STEP)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_weights_games_and_exploration_have_streams_of_their_own(run, program):
     seeds = []
     for seed in ("1", "2"):

@@ -74,7 +74,7 @@ def pairs(names):
     return list(itertools.pairwise(names))
 
 
-@pytest.mark.parametrize(("one", "other"), [p for names in FAMILIES.values() for p in pairs(names)])
+@pytest.mark.parametrize(("one", "other"), pairs(FILES))
 def test_all_files_share_their_frame(one, other):
     assert shared_settings(one) == shared_settings(other)
     mine, yours = definitions(one), definitions(other)
