@@ -243,11 +243,10 @@ class EpisodeBuffer:
     """The latest `capacity` complete episodes and the open ones of B games, which end whenever they like.
 
     When a game ends, its slot enters the ring of complete ones, and the slot that drops out is its next one.
-    The first `add` lays out the tensors; `advice` is for whoever has no memory for them.
     """
 
     def __init__(self, capacity, env, advice):
-        self.episode_limit, self.advice, self.steps = env.episode_limit, advice, {}
+        self.episode_limit, self.advice, self.steps = env.episode_limit, advice, {}  # by the first add
         self.length = torch.zeros(capacity + env.num_envs, dtype=torch.int64, device=env.device)
         self.ring = torch.arange(capacity, device=env.device)  # position -> slot
         self.open_slot = torch.arange(env.num_envs, device=env.device) + capacity  # (B,)

@@ -6,6 +6,7 @@ and TD(lambda) over recent ones; every agent's recurrent policy climbs its own s
 
     python dop_stochastic.py --env mmm
     python dop_stochastic.py --env mmm --setting paper
+    python dop_stochastic.py --env mmm --setting official
 
 B games or episodes, T time, N agents, A actions, O observation, S state, H hidden, G networks, M transitions.
 
@@ -15,7 +16,8 @@ Differs from the paper:
 3. an episode ended by the clock bootstraps from E_pi[Q_tot] of its last observation: no action follows it;
    replayed observations and states are in half precision, to halve the memory.
 
-Without `--setting paper` also, to win in less time (docs/dop_stochastic.md):
+`--setting official` follows the authors' code as far as flags go; docs/dop_stochastic.md names what is left.
+Without either also, to win in less time (docs/dop_stochastic.md):
 4. 16 games, not 4; 8 critic minibatches per iteration at 5e-4, not one full batch at 1e-4; a target copied
    every 10 iterations, not 8 (the paper leaves the last two open);
 5. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
@@ -65,7 +67,7 @@ class Args:
     run_dir: str = "runs"  # folder of the run folders
 
     # Algorithm specific arguments
-    setting: Literal["default", "paper"] = "default"  # entry of PRESETS to start from; flags win
+    setting: Literal["default", "paper", "official"] = "default"  # entry of PRESETS to start from; flags win
     hidden_dim: int = 64  # units of the policies' layers (official code)
     critic_hidden_dim: int = 256  # units of the critic's two hidden layers (Appendix G.1 of [DOP])
     actor_lr: float = 5e-4  # learning rate of the actor (Appendix G.1 of [DOP])
@@ -79,6 +81,8 @@ class Args:
     tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"
     # expectation over the own action in Eq. 9: exact, or sampled by the action played
     actor_gradient: Literal["expected", "sampled"] = "expected"
+    # what the actor's loss is a mean over: steps (a sum over agents, Eq. 9), or both (official code)
+    actor_loss_mean: Literal["steps", "agents"] = "steps"
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
     epsilon_end: float = 0.05  # the same after the decay (Appendix G.1 of [DOP])
@@ -88,7 +92,9 @@ class Args:
     on_policy_size: int = 32  # latest episodes that count as on-policy (Appendix G.1 of [DOP])
     on_policy_batch: int = 16  # episodes per on-policy batch (Appendix G.1 of [DOP])
     episodes_per_iteration: int = 4  # finished episodes per iteration (4 parallel games in Appendix G.1)
-    critic_updates: int = 8  # minibatches that an iteration splits its transitions into (1: one full batch)
+    critic_updates: int = (
+        8  # minibatches per iteration (1: one full batch; 0: one per time step, as official)
+    )
     critic_warmup: int = 30  # first iterations without actor updates, from local critics at zero (0: neither)
     target_period: int = 10  # training iterations between two copies to the target critic
 
@@ -106,6 +112,12 @@ PRESETS = {
         num_envs=4, critic_lr=1e-4, actor_gradient="sampled", separate_critics=True, epsilon_start=1.0,
         epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8, total_timesteps=2_000_000,
     ),
+    # the authors' code: 16 + 32 episodes in one mean, hence kappa, and a target every 600 critic steps
+    "official": dict(
+        num_envs=4, critic_lr=1e-4, kappa=0.67, actor_gradient="sampled", actor_loss_mean="agents",
+        separate_critics=True, epsilon_steps=500_000, critic_updates=0, critic_warmup=0, target_period=10,
+        total_timesteps=2_000_000,
+    ),
     "cdm": dict(
         num_envs=4, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000, eval_every=500,
         eval_episodes=1, log_every=100,
@@ -113,7 +125,7 @@ PRESETS = {
 }  # fmt: skip
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
 LIMITS = {"seed": (0, 2**32 - 1)} | dict.fromkeys(
-    ("eval_every", "save_every", "critic_warmup"), (0, math.inf)
+    ("eval_every", "save_every", "critic_warmup", "critic_updates"), (0, math.inf)
 )
 # what cannot change in a resumed run: it decides shapes and meaning of what was saved
 FIXED = "env seed setting num_envs off_policy_size hidden_dim critic_hidden_dim separate_critics".split()
@@ -304,11 +316,10 @@ class EpisodeBuffer:
     """The latest `capacity` complete episodes and the open ones of B games, which end whenever they like.
 
     When a game ends, its slot enters the ring of complete ones, and the slot that drops out is its next one.
-    The first `add` lays out the tensors; `advice` is for whoever has no memory for them.
     """
 
     def __init__(self, capacity, env, advice):
-        self.episode_limit, self.advice, self.steps = env.episode_limit, advice, {}
+        self.episode_limit, self.advice, self.steps = env.episode_limit, advice, {}  # by the first add
         self.length = torch.zeros(capacity + env.num_envs, dtype=torch.int64, device=env.device)
         self.ring = torch.arange(capacity, device=env.device)  # position -> slot
         self.open_slot = torch.arange(env.num_envs, device=env.device) + capacity  # (B,)
@@ -399,6 +410,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
             actor_loss = expected_policy_gradient_loss(k, q_values, pi[:, :-1], on.mask)
         else:
             actor_loss = sampled_policy_gradient_loss(k, q_values, pi[:, :-1], on.actions, on.mask)
+        if args.actor_loss_mean == "agents":
+            actor_loss = actor_loss / actions.shape[2]
         logs = dict(actor_loss=actor_loss.detach(), grad_norm_actor=descend(optimizers[0], actor_loss, 20.0))
 
     # targets
@@ -430,7 +443,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
     # critic
     valid = mask.nonzero_static(size=n_steps).unbind(1)  # (M,), (M,)
     batch = [x[valid] for x in (batch.state[:, :-1], actions, td_target, weight)]  # (M, ...)
-    order = torch.randperm(n_steps, generator=generator, device=mask.device).chunk(args.critic_updates)
+    order = torch.randperm(n_steps, generator=generator, device=mask.device)
+    order = order.chunk(args.critic_updates or mask.shape[1])
     steps = []
     for index in order:
         state, actions, td_target, weight = (x[index] for x in batch)

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -234,6 +233,25 @@ def test_actor_rests_while_the_critic_warms_up():
     assert same(before, parts[1].state_dict()) and "actor_loss" not in logs
 
 
+@pytest.mark.parametrize("actor_gradient", ["expected", "sampled"])
+def test_the_actors_loss_is_a_mean_over_steps_or_over_agents_too(actor_gradient):
+    settings = dict(actor_gradient=actor_gradient)
+    over_steps, over_both = (
+        iterate(learner(**settings, actor_loss_mean=x))["actor_loss"] for x in ("steps", "agents")
+    )
+    torch.testing.assert_close(over_steps, N * over_both)
+
+
+def test_the_critic_can_step_once_per_time_step(monkeypatch):
+    parts, descend, stepped = learner(critic_updates=0), dop.descend, []
+    monkeypatch.setattr(dop, "descend", lambda *x: (stepped.append(x[0]), descend(*x))[1])
+    iterate(parts)
+    mask, (_, critic_optimizer) = parts[-1].mask, parts[4]
+    # as even parts as possible, which may be fewer
+    expected = len(torch.arange(mask.sum()).chunk(mask.shape[1]))
+    assert sum(x is critic_optimizer for x in stepped) == expected > mask.shape[1] / 2
+
+
 def test_both_actor_gradients_agree_on_average(monkeypatch):
     """Sampled actions from pi, many times, against the exact expectation, at the actor's parameters."""
     args, actor, critic, *_, batch = learner()
@@ -264,13 +282,20 @@ def test_only_bounded_features_are_stored_in_half_precision(monkeypatch, run, bo
 
 def test_exit_codes_of_the_real_program(tmp_path):
     flags = ["--env", "3m", "--run-dir", str(tmp_path), "--num-envs"]
+    loop = [
+        *flags,
+        "2",
+        "--eval-every",
+        "0",
+        "--log-every",
+        "40",
+    ]  # the loop prints
     with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags, "2"], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent
+        [sys.executable, str(SCRIPT), *loop], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent
     ) as program:
         for line in program.stdout:
-            if line.startswith("run folder"):
+            if line.startswith("step "):
                 break
-        time.sleep(1)  # into the loop; a signal before its first step would do as well
         program.send_signal(signal.SIGINT)
         assert program.wait(20) == 130
     assert 0 < checkpoint(next(tmp_path.iterdir()))["global_step"] < dop.Args().total_timesteps
@@ -282,6 +307,13 @@ def test_critics_of_another_kind_cannot_go_on(run):
     _, _, folder = run()
     code, _, _ = run("--resume", folder, "--separate-critics", env=None)
     assert "has the separate_critics False, which cannot become True" in code
+
+
+def test_numbers_of_the_official_code(parse):
+    args = parse("--setting", "official")
+    assert (args.num_envs, args.critic_lr, args.critic_updates) == (4, 1e-4, 0)
+    assert args.actor_loss_mean == "agents"
+    assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (0.5, 0.05, 500_000)
 
 
 def test_numbers_of_the_paper(parse):

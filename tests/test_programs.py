@@ -78,7 +78,7 @@ _CRITIC = "--critic-lr 0.003 --critic-hidden-dim 32"
     [
         ("dop_stochastic", 1, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002"),
         ("coma", 0.7, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002 --gamma 0.5 --epsilon-steps 2000"),
-        ("qmix", 0.7, f"{_EPISODE} --lr 0.002 --gamma 0.9"),
+        ("qmix", 0.7, f"{_EPISODE} --lr 0.002 --gamma 0.9 --total-timesteps 6000 --eval-episodes 60"),
         ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001"),
         ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001 --critic-per-agent --others-actions current"),
         ("masql", 0.9, f"{_STEP} --actor-lr 0.003 --critic-lr 0.01 --hidden-dim 32 {_DECAY}"),
@@ -426,7 +426,7 @@ MISTAKES = {  # what comes behind which flags
         "--total-timesteps -5": "--total-timesteps must be at least 1",
         "--eval-every -1": "--eval-every must be at least 0",
         "--gamma 1.5": "--gamma must be from 0 to 1",
-        "--critic-updates 0": "--critic-updates must be at least 1",
+        "--critic-updates -1": "--critic-updates must be at least 0",
         "--critic-lr -0.1": "--critic-lr must be from 0",
         "--kappa nan": "--kappa must be from 0 to 1",
         "--on-policy-batch 9": "a batch is larger than its buffer",
@@ -499,7 +499,7 @@ def test_presets_lie_between_defaults_and_flags(parse, monkeypatch, program, pre
     Args, presets = MODULES[program].Args, MODULES[program].PRESETS
     values = presets[preset]
     chosen = {"env": f"{preset.upper()},n_agents=3"}
-    if preset in ("paper", "appendix"):
+    if preset in ("paper", "official", "appendix"):
         chosen = {"env": "AIM", "setting": preset}
     flags = [x for name, value in chosen.items() for x in (f"--{name}", value)]
     assert parse(*flags) == Args(**chosen | values)
