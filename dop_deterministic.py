@@ -29,94 +29,67 @@ Without `--setting` also, to learn in minutes on one core (docs/dop_deterministi
 """
 
 import copy
-import json
 import math
-import signal
-import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import make
+from envs import Stream, evaluate, machine, make
 
 
 # ---- settings ----
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run folder's name"""
-    seed: int = 1
-    """seed of networks, games, exploration and sampling; evaluation has its own"""
-    env: str = "aggregation"
-    """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where everything lives; auto takes cuda if there is one"""
-    total_timesteps: int = 100_000
-    """environment steps of the run; one step of one game counts as 1"""
-    num_envs: int = 32
-    """games played in parallel"""
-    eval_every: int = 5_000
-    """environment steps between two evaluations (0: none)"""
-    eval_episodes: int = 128
-    """games of one evaluation, all in parallel"""
-    log_every: int = 1_000
-    """environment steps between two points of charts and losses"""
-    save_every: int = 50_000
-    """environment steps between two checkpoints (0: only at the end)"""
-    capture_video: bool = False
-    """save one game of every evaluation as a GIF in the run folder"""
-    resume: str | None = None
-    """run folder to continue with its own settings; replay is not saved and fills anew"""
-    evaluate: str | None = None
-    """run folder whose policy plays greedily, without training"""
-    run_dir: str = "runs"
-    """folder of the run folders"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run folder's name
+    seed: int = 1  # seed of networks, games, exploration and sampling; evaluation has its own
+    env: str = "aggregation"  # environment id, with arguments as in cdm,n_agents=5; its PRESETS beat defaults
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where everything lives; auto takes cuda if there is one
+    total_timesteps: int = 100_000  # environment steps of the run; one step of one game counts as 1
+    num_envs: int = 32  # games played in parallel
+    eval_every: int = 5_000  # environment steps between two evaluations (0: none)
+    eval_episodes: int = 128  # games of one evaluation, all in parallel
+    log_every: int = 1_000  # environment steps between two points of charts and losses
+    save_every: int = 50_000  # environment steps between two checkpoints (0: only at the end)
+    save_replay: bool = False  # put the replay into checkpoints, so that a resumed run goes on exactly
+    capture_video: bool = False  # save one game of every evaluation as a GIF in the run folder
+    resume: str | None = None  # run folder to continue with its own settings
+    run_dir: str = "runs"  # folder of the run folders
 
     # Algorithm specific arguments
+    # entry of PRESETS to start from: paper is section 5.2 of [DOP], appendix is its G.2; flags win
     setting: Literal["default", "paper", "appendix"] = "default"
-    """entry of PRESETS to start from: paper is section 5.2 of [DOP], appendix is its G.2; flags win"""
-    actor_lr: float = 5e-5
-    """learning rate of the actors (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])"""
-    critic_lr: float = 1e-3
-    """learning rate of the critic (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])"""
-    gamma: float = 0.99
-    """discount (code of stochastic [DOP])"""
-    tau: float = 0.05
-    """share of the live networks that enters the targets at an update (0.01 in the appendix of MADDPG)"""
-    policy_delay: int = 2
-    """critic updates per update of actors and targets (Appendix G.2 of [DOP])"""
-    hidden_dim: int = 64
-    """units of an actor's two hidden layers (Appendix G.2 of [DOP])"""
-    critic_hidden_dim: int = 64
-    """units of a local critic's two hidden layers (256 in Appendix G.1 of [DOP])"""
-    max_grad_norm: float = 20.0
-    """norm that gradients are clipped to (code of stochastic [DOP]; 0: no clipping)"""
-    batch_size: int = 256
-    """transitions per update (1024 in section 5.2 of [DOP], 1250 in its Appendix G.2)"""
-    buffer_size: int = 250_000
-    """transitions in the replay buffer (section 5.2 of [DOP]; 10,000 in its Appendix G.2)"""
-    warmup_steps: int = 10_000
-    """environment steps before the first update"""
-    warmup_actions: Literal["untrained", "uniform"] = "untrained"
-    """who acts until then, also in a resumed run: the policies with their noise, or uniform draws"""
-    update_every: int = 32
-    """environment steps per update of the critic (1 in Algorithm 2 of [DOP])"""
-    noise_sigma: float = 0.2
-    """scale of the noise on continuous actions, whose bounds count as -1 and 1 (section 7 of [DDPG])"""
-    noise_theta: float = 0.15
-    """pull of this Ornstein-Uhlenbeck noise to 0 per step (section 7 of [DDPG]; 1: Gaussian noise)"""
+    actor_lr: float = 5e-5  # learning rate of the actors (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])
+    critic_lr: float = 1e-3  # learning rate of the critic (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])
+    gamma: float = 0.99  # discount (code of stochastic [DOP])
+    tau: float = 0.05  # share of the live networks that enters the targets (0.01 in the appendix of MADDPG)
+    policy_delay: int = 2  # critic updates per update of actors and targets (Appendix G.2 of [DOP])
+    hidden_dim: int = 64  # units of an actor's two hidden layers (Appendix G.2 of [DOP])
+    critic_hidden_dim: int = 64  # units of a local critic's two hidden layers (256 in Appendix G.1 of [DOP])
+    max_grad_norm: float = 20.0  # norm that gradients are clipped to (code of stochastic [DOP]; 0: none)
+    batch_size: int = 256  # transitions per update (1024 in section 5.2 of [DOP], 1250 in its Appendix G.2)
+    buffer_size: int = 250_000  # transitions in the replay buffer (section 5.2 of [DOP]; 10,000 in G.2)
+    warmup_steps: int = 10_000  # environment steps before the first update
+    warmup_actions: Literal["untrained", "uniform"] = "untrained"  # until then: policies, or uniform draws
+    update_every: int = 32  # environment steps per update of the critic (1 in Algorithm 2 of [DOP])
+    noise_sigma: float = 0.2  # scale of noise on continuous actions in -1..1 (section 7 of [DDPG])
+    noise_theta: float = 0.15  # pull of this noise to 0 per step (section 7 of [DDPG]; 1: Gaussian noise)
+
+    def __post_init__(self):
+        machine.check_numbers(vars(self), LIMITS)
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}")
 
 
 # setting or environment id -> what differs from the defaults
@@ -145,39 +118,21 @@ PRESETS = {
 }  # fmt: skip
 PRESETS |= {"aggregation_hard": PRESETS["aggregation"]}
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
-LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "warmup_steps"), (0, math.inf))
+LIMITS = {"seed": (0, 2**32 - 1)} | dict.fromkeys(("eval_every", "save_every", "warmup_steps"), (0, math.inf))
 LIMITS |= dict.fromkeys(("noise_sigma", "max_grad_norm"), (0, math.inf))
-
-
-def fail(message):
-    """Leave with one sentence on stderr and exit code 1."""
-    sys.exit(f"{Path(__file__).name}: {message}")
+# what cannot change in a resumed run: it decides shapes and meaning of what was saved
+FIXED = ("env", "seed", "setting", "num_envs", "buffer_size", "hidden_dim", "critic_hidden_dim")
 
 
 def parse_args():
-    """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
-    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]  # help comes with the presets
-    first = tyro.cli(Args, args=words, description=__doc__)
+    """Flags over PRESETS over the defaults, or over the settings of the run to resume."""
+    first = machine.peek(env=Args.env, setting=None, resume=None)
     env_id = first.env.lower().split(",")[0].strip()
-    overrides = PRESETS.get(env_id, {}) | PRESETS.get(getattr(first, "setting", None), {})
-    if first.resume and first.evaluate:
-        fail("--resume and --evaluate exclude each other")
-    if run := first.resume or first.evaluate:
-        try:
-            overrides = json.loads(Path(run, "args.json").read_text()) | {"resume": None, "evaluate": None}
-            Args(**overrides)
-        except (OSError, TypeError, ValueError) as error:
-            fail(f"{run} is no run folder of this algorithm: {error}")
-    args = tyro.cli(Args, description=__doc__, default=Args(**overrides))
-    for name in ("env", "setting") if run else ():
-        if name in overrides and getattr(args, name).lower() != overrides[name].lower():
-            fail(f"{run} has the {name} {overrides[name]}, which cannot become {getattr(args, name)}")
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            low, high = LIMITS.get(name, (1, math.inf) if type(value) is int else (0, 1))
-            if not (low <= value <= high and math.isfinite(value)):
-                limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                fail(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    settings = PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
+    if first.resume:
+        settings = machine.settings_of(first.resume, Path(__file__).stem, Args.__annotations__)
+    args = tyro.cli(Args, default=Args(**settings), description=__doc__)
+    machine.check_resumed(vars(args), FIXED)
     return args
 
 
@@ -207,10 +162,14 @@ class Perceptrons(nn.Module):
 class Actor(Perceptrons):
     """A policy network per agent: continuous actions in -1..1, or the logits of discrete ones."""
 
-    def __init__(self, groups, *sizes, low, high):
-        super().__init__(groups, *sizes)
+    def __init__(self, env, args):
+        space, shape = env.single_action_space, (2, env.n_agents, env.n_actions)
+        low, high = torch.zeros(shape) if env.n_actions else map(torch.as_tensor, (space.low, space.high))
+        super().__init__(env.n_agents, env.obs_dim, args.hidden_dim, args.hidden_dim, low.shape[1])
         self.register_buffer("low", low)  # (N, D), the environment's bounds
         self.register_buffer("high", high)
+        if env.action_bias is not None:
+            self.biases[-1].data += env.action_bias.cpu()
 
     def forward(self, obs, avail_actions):
         """obs (B, N, O), avail_actions (B, N, A) or None -> (B, N, D): actions in -1..1, or logits."""
@@ -221,10 +180,11 @@ class Actor(Perceptrons):
 class DecomposedCritic(Perceptrons):
     """Q_i (a network each), k_i, b of Eq. 4 from the state, Q_i also from agent i's action (Appendix G.2)."""
 
-    def __init__(self, state_dim, n_agents, action_dim, hidden_dim):
-        super().__init__(n_agents, state_dim + action_dim, hidden_dim, hidden_dim, 1)
-        self.k = nn.Linear(state_dim, n_agents)
-        self.b = nn.Linear(state_dim, 1)
+    def __init__(self, env, args):
+        action_dim, hidden_dim = env.n_actions or env.single_action_space.shape[1], args.critic_hidden_dim
+        super().__init__(env.n_agents, env.state_dim + action_dim, hidden_dim, hidden_dim, 1)
+        self.k = nn.Linear(env.state_dim, env.n_agents)
+        self.b = nn.Linear(env.state_dim, 1)
 
     def forward(self, state, actions):
         """state (B, S), actions (B, N, D) -> q (B, N), k (B, N), b (B,)."""
@@ -235,6 +195,12 @@ class DecomposedCritic(Perceptrons):
 
 
 # ---- equations ----
+def decomposed_q(k, b, q):
+    """Q_tot (...) from k and the agents' q (..., N) and b (...)."""
+    # Eq. 4 of [DOP]: Q_tot = sum_i k_i Q_i + b
+    return (k * q).sum(-1) + b
+
+
 def gumbel_softmax(logits, generator):
     """Samples (..., A) as one-hot vectors, with the gradient of the softmax at temperature 1."""
     noise = -torch.empty_like(logits).exponential_(generator=generator).clamp_min(1e-30).log()
@@ -246,12 +212,6 @@ def gumbel_softmax(logits, generator):
 def noise_step(noise, theta, sigma, generator):
     """The next Ornstein-Uhlenbeck noise, any shape: x <- (1 - theta) x + sigma N(0, 1)."""
     return (1 - theta) * noise + sigma * torch.randn(noise.shape, generator=generator, device=noise.device)
-
-
-def decomposed_q(k, b, q):
-    """Q_tot (...) from k and the agents' q (..., N) and b (...)."""
-    # Eq. 4 of [DOP]: Q_tot = sum_i k_i Q_i + b
-    return (k * q).sum(-1) + b
 
 
 def td_targets(reward, terminated, next_q, gamma):
@@ -291,10 +251,9 @@ class ReplayBuffer:
     def add(self, step):
         """Store a Batch with a transition of every game."""
         if self.steps is None:
-            try:
-                self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
-            except RuntimeError:
-                fail(f"no memory for {self.capacity} transitions; lower --buffer-size")
+            row = sum(x[0].nbytes for x in step if x is not None)
+            machine.require_memory(self.capacity * row, step.obs.device, "lower --buffer-size")
+            self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
         slot = torch.arange(len(step.reward), device=step.reward.device) + self.n_steps  # (B,)
         slot = slot % self.capacity
         for stored, x in zip(self.steps, step, strict=True):
@@ -308,11 +267,17 @@ class ReplayBuffer:
         index = torch.randint(stored, (n,), generator=generator, device=generator.device)
         return Batch(*(x if x is None else x[index] for x in self.steps))
 
+    def state_dict(self):
+        steps = [x if x is None else x[: self.n_steps].clone() for x in self.steps or ()]
+        return {"steps": steps, "n_steps": self.n_steps}
 
-# ---- acting and evaluation ----
-EVALUATION_SEED = 1_000_000
+    def load_state_dict(self, state):
+        if state["steps"]:
+            self.add(Batch(*state["steps"]))
+        self.n_steps = state["n_steps"]
 
 
+# ---- acting ----
 @torch.no_grad()
 def act(actor, obs, avail_actions, memory=None, generator=None, theta=1.0, sigma=0.0, uniform=False):
     """Actions of one step, noise-free without a generator, and the noise (B, N, D) for the next."""
@@ -328,63 +293,6 @@ def act(actor, obs, avail_actions, memory=None, generator=None, theta=1.0, sigma
         )
         policy = (policy + memory).clamp(-1, 1)
     return torch.lerp(actor.low, actor.high, (policy + 1) / 2), memory
-
-
-def episode_metrics(info):
-    """Tag -> (B,) about every game's episode; a win rate only where a game can be won."""
-    tags = dict(episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won")
-    return {tag: info[key].float() for tag, key in tags.items() if key in info}
-
-
-def evaluate(actor, env, video=None):
-    """Greedy play from a fixed seed: means over the first episode of each game; `video`: GIF of game 0."""
-    obs, _ = env.reset(seed=EVALUATION_SEED, options={"evaluation": True})
-    running = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)  # (B,)
-    memory, results, frames = None, {}, []
-    while running.any():
-        actions, memory = act(actor, obs, env.avail_actions(), memory)
-        obs, _, terminated, truncated, info = env.step(actions)
-        if video and running[0]:
-            frames.append(Image.fromarray(np.asarray(env.render())))
-        for tag, value in episode_metrics(info).items():
-            results[tag] = torch.where(running, value, results.get(tag, value))  # (B,)
-        running = running & ~(terminated | truncated)
-    if video:
-        frames[0].save(video, save_all=True, append_images=frames[1:], duration=125, loop=0)
-    return {tag: value.mean().item() for tag, value in results.items()}
-
-
-# ---- saving ----
-def due(every, global_step, num_envs, last):
-    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
-    return every > 0 and (global_step % every < num_envs or last)
-
-
-def save(run, args, parts, generators, global_step, iteration, train_seconds):
-    """Write run/model.pt under another name, then rename it: no crash leaves half a checkpoint."""
-    progress = {"global_step": global_step, "iteration": iteration, "train_seconds": train_seconds}
-    checkpoint = {"args": vars(args), "rng": [generator.get_state() for generator in generators], **progress}
-    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-    torch.save(checkpoint, Path(run, "model.pt.tmp"))
-    Path(run, "model.pt.tmp").replace(Path(run, "model.pt"))
-
-
-def load(run, parts, generators=()):
-    """Put run/model.pt back into networks, optimisers and generators; returns the whole checkpoint."""
-    if not Path(run, "model.pt").exists():
-        fail(f"{run} has no model.pt: it was stopped before its first checkpoint")
-    try:
-        checkpoint = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            if isinstance(part, torch.optim.Optimizer):  # learning rates are settings, not progress
-                checkpoint[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(checkpoint[name])
-        for generator, state in zip(generators, checkpoint["rng"], strict=False):
-            if state.shape == generator.get_state().shape:  # else it comes from another kind of device
-                generator.set_state(state)
-    except Exception as error:  # a broken file may fail anywhere in the unpickler
-        fail(f"{run}/model.pt is broken or does not fit these settings ({type(error).__name__})")
-    return checkpoint
 
 
 # ---- update ----
@@ -420,8 +328,8 @@ def merge(*parts):
     return [x[:1] for x in parts] if same else parts
 
 
-def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator, train_actor):
-    """Critic on one batch, and after it actors and targets if `train_actor`, as in Algorithm 2 of [DOP]."""
+def update(args, actor, critic, actor_target, critic_target, optimizers, batch, generator, train_actor=True):
+    """Critic, and if `train_actor` actors and targets, on one batch, as in Algorithm 2 of [DOP]."""
     discrete, actions = batch.avail_actions is not None, encode(actor, batch.actions)  # (B, N, D)
     obs, next_obs, next_state = merge(batch.obs, batch.next_obs, batch.next_state)  # (U, ...), U = B or 1
 
@@ -458,154 +366,129 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
     return losses | {"actor_loss": actor_loss.detach(), "grad_norm_actor": grad_norm_actor}
 
 
-if __name__ == "__main__":
-    args = parse_args()
+# ---- logging ----
+def due(every, global_step, num_envs, last):
+    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
+    return every > 0 and (global_step % every < num_envs or last)
 
+
+def log(writer, global_step, **groups):
+    """Write numbers to TensorBoard; NaN or infinity ends the run, before it would be saved."""
+    for group, scalars in groups.items():
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                writer.close()
+                machine.fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+
+
+if __name__ == "__main__":
     # ---- run ----
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    args = parse_args()
     # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    torch.manual_seed(args.seed)
+    # streams of their own for weights, games and exploration; 31 bits, as some games take no more
+    seeds = (np.random.SeedSequence(args.seed).generate_state(3) // 2).tolist()
+    torch.manual_seed(seeds[0])
     try:
-        env = make(args.env, args.num_envs, device, args.seed, validate=False)
-        eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
-        if args.capture_video:  # whoever draws no pictures says so now, not at the first evaluation
-            eval_env.reset()
-            eval_env.render()
-    except (ValueError, RuntimeError) as error:
-        fail(error)
-    generator = torch.Generator(device).manual_seed(args.seed)
+        options = dict(device=args.device, validate=False)
+        env = make(args.env, args.num_envs, seed=seeds[1], **options)
+        if args.eval_every:
+            eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
+        env.reset()
+    except (RuntimeError, ValueError) as error:
+        machine.fail(error)
+    run = machine.open_folder(vars(args))
 
     # ---- networks and storage ----
-    space, n_agents = env.single_action_space, env.n_agents
-    if discrete := isinstance(space, gymnasium.spaces.MultiDiscrete):
-        low, high = torch.zeros(2, n_agents, int(space.nvec[0]))
-    else:
-        low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)  # (N, D)
-        if not (low.isfinite() & high.isfinite()).all():
-            fail(f"{args.env} has actions without finite bounds; this algorithm needs bounds to scale them")
-    action_dim = low.shape[1]
-    actor_sizes = (env.obs_dim, args.hidden_dim, args.hidden_dim, action_dim)
-    actor = Actor(n_agents, *actor_sizes, low=low, high=high).to(device)
-    if env.action_bias is not None:
-        actor.biases[-1].data += env.action_bias
-    if run := args.evaluate:
-        global_step = load(run, {"actor": actor})["global_step"]
-        results = evaluate(actor, eval_env, Path(run, "evaluate.gif") if args.capture_video else None)
-        print("run | step |", " | ".join(results))
-        print(run, "|", global_step, "|", " | ".join(f"{x:.3f}" for x in results.values()))
-        sys.exit()
-    critic = DecomposedCritic(env.state_dim, n_agents, action_dim, args.critic_hidden_dim).to(device)
+    generator = Stream(env.device).manual_seed(seeds[2])
+    actor, critic = Actor(env, args).to(env.device), DecomposedCritic(env, args).to(env.device)
     actor_target, critic_target = copy.deepcopy(actor), copy.deepcopy(critic)
     actor_optimizer = torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5)
     critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5)
     optimizers = (actor_optimizer, critic_optimizer)
-    parts = {"actor": actor, "critic": critic, "actor_target": actor_target, "critic_target": critic_target}
-    parts |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     buffer = ReplayBuffer(args.buffer_size)
-    if args.buffer_size < args.num_envs:
-        fail(f"--buffer-size must be at least --num-envs, {args.num_envs}")
-
-    # ---- run folder ----
-    run, generators = args.resume, (generator, env.generator)
-    checkpoint = load(run, parts, generators) if run else {}
-    global_step, iteration = checkpoint.get("global_step", 0), checkpoint.get("iteration", 0)
-    train_seconds = checkpoint.get("train_seconds", 0.0)
-    if global_step >= args.total_timesteps:
-        fail(f"{run} is at step {global_step} already; raise --total-timesteps to go on")
-    run = run or f"{args.run_dir}/{args.env.lower()}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    try:
-        Path(run).mkdir(parents=True, exist_ok=True)
-        Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
-    except OSError as error:
-        fail(f"cannot write the run folder: {error}")
-    writer = SummaryWriter(run, purge_step=global_step + 1 if checkpoint else None)
-    print(f"{json.dumps(vars(args), indent=2)}\nrun folder {run}", flush=True)
-    stop = []  # Ctrl-C or kill ends the run after the step in progress, a second one at once
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda name, _: (stop.append(True), signal.signal(name, signal.SIG_DFL)))
+    parts = dict(actor=actor, critic=critic, actor_target=actor_target, critic_target=critic_target)
+    parts |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
 
     # ---- loop ----
-    obs, _ = env.reset()  # (B, N, O)
-    memory, recent, losses, new_steps, schedule = None, [], {}, 0, {}
-    start_step, start_seconds = global_step, train_seconds
-    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=not sys.stderr.isatty())
+    progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_steps=0, memory=None, recent={})
+    if args.resume:
+        progress = machine.load(run, parts, progress, env.device)
+    global_step, iteration, train_seconds, new_steps, memory, recent = progress.values()
+    losses, recent, stop = {}, defaultdict(list, recent), machine.catch_signals()
+    if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
+        machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
+    writer = SummaryWriter(run, purge_step=global_step + 1)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=None)  # None: without a terminal
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()
         warming_up = buffer.n_steps < args.warmup_steps
         explore = dict(theta=args.noise_theta, sigma=args.noise_sigma)
         explore |= {"uniform": warming_up and args.warmup_actions == "uniform"}
-        state, avail_actions = env.state(), env.avail_actions()
+        obs, state, avail_actions = env.obs(), env.state(), env.avail_actions()
         actions, memory = act(actor, obs, avail_actions, memory, generator, **explore)
         try:
-            next_obs, reward, terminated, truncated, info = env.step(actions)
+            _, reward, terminated, truncated, info = env.step(actions)
         except RuntimeError as error:  # of the game, which may be a program of its own
-            save(run, args, parts, generators, global_step, iteration, train_seconds)
-            fail(f"{error}; saved {run}/model.pt")
-        actions = info.get("actions", actions)
+            stop.append(error)
+            break
+        global_step += args.num_envs
 
         # store
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
-        buffer.add(Batch(obs, state, avail_actions, actions, reward, terminated, *final))
-        obs, done = next_obs, terminated | truncated  # (B, N, O), (B,)
+        buffer.add(Batch(obs, state, avail_actions, info["actions"], reward, terminated, *final))
+        done = terminated | truncated  # (B,)
         if memory is not None:
             memory = memory * ~done[:, None, None]
         ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
         if len(ended):
-            recent.append(torch.stack([x[ended] for x in episode_metrics(info).values()]))  # (metrics, E)
-        new_steps += args.num_envs
-        global_step += args.num_envs
+            for name, values in info["episode"].items():
+                recent[name].append(values[ended])
 
         # update
-        while new_steps >= args.update_every:
-            new_steps -= args.update_every
-            if buffer.n_steps < args.warmup_steps:
-                continue
+        updates, new_steps = divmod(new_steps + args.num_envs, args.update_every)
+        for _ in range(updates if buffer.n_steps >= args.warmup_steps else 0):
             iteration += 1
             batch = buffer.sample(args.batch_size, generator)
-            losses = losses | update(
+            losses |= update(
                 args, actor, critic, actor_target, critic_target, optimizers, batch, generator,
                 train_actor=iteration % args.policy_delay == 0,
             )  # fmt: skip
         train_seconds += time.perf_counter() - started
 
-        # log
-        sps = (global_step - start_step) / (train_seconds - start_seconds)
-        last = global_step >= args.total_timesteps or bool(stop)
-        save_due = due(args.save_every, global_step, args.num_envs, last=False)
+        # log, evaluate, save
         bar.update(args.num_envs)
-        if due(args.log_every, global_step, args.num_envs, last) or save_due:
-            means = torch.cat(recent, 1).mean(1).tolist() if recent else ()
-            charts = dict(zip(episode_metrics(info), means, strict=False)) | {"SPS": sps}
+        last = global_step >= args.total_timesteps or bool(stop)
+        if due(args.log_every, global_step, args.num_envs, last):
+            charts = {name: torch.cat(x).double().mean().item() for name, x in recent.items()}
+            charts |= {"SPS": global_step / train_seconds}
+            numbers = torch.stack([*losses.values()]).tolist() if losses else ()  # all in one wait
+            named = dict(zip(losses, numbers, strict=True))
+            log(writer, global_step, losses=named, charts=charts | {"train_seconds": train_seconds})
             bar.set_postfix(charts)
             if bar.disable and not args.eval_every:
-                tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
-            charts |= {"train_seconds": train_seconds} | schedule
-            recent, numbers = [], torch.stack([*losses.values()]).tolist() if losses else ()
-            for group, values in (("losses", dict(zip(losses, numbers, strict=True))), ("charts", charts)):
-                for name, value in values.items():
-                    if not math.isfinite(value):
-                        writer.close()
-                        fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
-                    writer.add_scalar(f"{group}/{name}", value, global_step)
-
-        # evaluate, save
-        if due(args.eval_every, global_step, args.num_envs, last) and not stop:
-            video = Path(run, f"{global_step}.gif") if args.capture_video else None
-            results = evaluate(actor, eval_env, video)
-            for name, value in results.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-            tqdm.write(f"step {global_step}, {sps:.0f} steps/s, greedy {line}")
-        if save_due:
-            save(run, args, parts, generators, global_step, iteration, train_seconds)
+                machine.say(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
+            recent.clear()
+        if due(args.eval_every, global_step, args.num_envs, last):
+            video = run / f"{global_step}.gif" if args.capture_video else None
+            if results := evaluate(eval_env, partial(act, actor), video, stop):  # none after Ctrl-C
+                log(writer, global_step, eval=results)
+                line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+                machine.say(f"step {global_step}, {global_step / train_seconds:.0f} steps/s, greedy {line}")
+        progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
+        progress |= dict(new_steps=new_steps, memory=memory, recent=dict(recent))
+        if due(args.save_every, global_step, args.num_envs, last=False):
+            writer.flush()  # what a resumed run will not write again
+            machine.save(run, vars(args), parts, progress)
 
     # ---- close ----
-    save(run, args, parts, generators, global_step, iteration, train_seconds)
+    machine.save(run, vars(args), parts, progress)
     bar.close()
     writer.close()
     env.close()
-    print(f"saved {run}/model.pt")
-    sys.exit(130 if stop else 0)
+    machine.say(f"saved {run}/model.pt of step {global_step}, after {iteration or 'no'} updates")
+    if stop:
+        machine.fail(stop[0])

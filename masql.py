@@ -24,100 +24,75 @@ Differs from the papers:
 """
 
 import copy
-import json
 import math
-import signal
-import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import make
+from envs import Stream, evaluate, machine, make
 
 
 # ---- settings ----
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run folder's name"""
-    seed: int = 1
-    """seed of networks, games, exploration and sampling; evaluation has its own"""
-    env: str = "quadratic"
-    """environment id, in any case, arguments behind commas (cdm,n_agents=5); its PRESETS beat defaults"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where everything lives; auto takes cuda if there is one"""
-    total_timesteps: int = 100_000
-    """environment steps of the run; one step of one game counts as 1"""
-    num_envs: int = 1
-    """games played in parallel"""
-    eval_every: int = 5_000
-    """environment steps between two evaluations (0: none)"""
-    eval_episodes: int = 128
-    """games of one evaluation, all in parallel"""
-    log_every: int = 1_000
-    """environment steps between two points of charts and losses"""
-    save_every: int = 50_000
-    """environment steps between two checkpoints (0: only at the end)"""
-    capture_video: bool = False
-    """save one game of every evaluation as a GIF in the run folder"""
-    resume: str | None = None
-    """run folder to continue with its own settings; replay is not saved and fills anew"""
-    evaluate: str | None = None
-    """run folder whose policy plays greedily, without training"""
-    run_dir: str = "runs"
-    """folder of the run folders"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run folder's name
+    seed: int = 1  # seed of networks, games, exploration and sampling; evaluation has its own
+    env: str = "quadratic"  # environment id, with arguments as in cdm,n_agents=5; its PRESETS beat defaults
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where everything lives; auto takes cuda if there is one
+    total_timesteps: int = 100_000  # environment steps of the run; one step of one game counts as 1
+    num_envs: int = 1  # games played in parallel
+    eval_every: int = 5_000  # environment steps between two evaluations (0: none)
+    eval_episodes: int = 128  # games of one evaluation, all in parallel
+    log_every: int = 1_000  # environment steps between two points of charts and losses
+    save_every: int = 50_000  # environment steps between two checkpoints (0: only at the end)
+    save_replay: bool = False  # put the replay into checkpoints, so that a resumed run goes on exactly
+    capture_video: bool = False  # save one game of every evaluation as a GIF in the run folder
+    resume: str | None = None  # run folder to continue with its own settings
+    run_dir: str = "runs"  # folder of the run folders
 
     # Algorithm specific arguments
-    actor_lr: float = 1e-4
-    """learning rate of the samplers (appendix of [SQL])"""
-    critic_lr: float = 1e-3
-    """learning rate of the critic (appendix of [SQL])"""
-    gamma: float = 0.99
-    """discount (section 7 of [DDPG])"""
-    hidden_dim: int = 100
-    """units of the two hidden layers (Experiments of [MASQL])"""
-    max_grad_norm: float = 0.0
-    """norm that gradients are clipped to (0: no clipping)"""
-    batch_size: int = 64
-    """transitions per update (appendix of [SQL])"""
-    buffer_size: int = 1_000_000
-    """transitions in the replay buffer (appendix of [SQL])"""
-    warmup_steps: int = 1_000
-    """environment steps before the first update, by the untrained samplers (Experiments of [MASQL])"""
-    update_every: int = 1
-    """environment steps per update (appendix of [SQL])"""
-    target_period: int = 1_000
-    """updates between two copies to the target critic (appendix of [SQL])"""
-    alpha_start: float = 1.0
-    """temperature until the annealing (Experiments of [MASQL])"""
-    alpha_end: float = 1e-3
-    """temperature after the annealing (Experiments of [MASQL])"""
-    annealing: Literal["exponential", "linear", "instant"] = "exponential"
-    """how alpha falls (exponentially in the appendix of [SQL]; [MASQL] leaves it open)"""
-    anneal_start: int = 60_000
-    """environment step at which alpha begins to fall"""
-    anneal_steps: int = 20_000
-    """environment steps that its fall takes, unless instant"""
-    value_samples: int = 50
-    """uniform joint actions per state in the soft value (appendix of [SQL])"""
-    particles: int = 32
-    """particles that attract, and as many that move, per state and agent (appendix of [SQL])"""
-    reward_scale: float = 1.0
-    """factor on rewards in the critic's targets; logged returns are without it"""
+    actor_lr: float = 1e-4  # learning rate of the samplers (appendix of [SQL])
+    critic_lr: float = 1e-3  # learning rate of the critic (appendix of [SQL])
+    gamma: float = 0.99  # discount (section 7 of [DDPG])
+    hidden_dim: int = 100  # units of the two hidden layers (Experiments of [MASQL])
+    max_grad_norm: float = 0.0  # norm that gradients are clipped to (0: no clipping)
+    batch_size: int = 64  # transitions per update (appendix of [SQL])
+    buffer_size: int = 1_000_000  # transitions in the replay buffer (appendix of [SQL])
+    warmup_steps: int = 1_000  # environment steps before the first update (Experiments of [MASQL])
+    update_every: int = 1  # environment steps per update (appendix of [SQL])
+    target_period: int = 1_000  # updates between two copies to the target critic (appendix of [SQL])
+    alpha_start: float = 1.0  # temperature until the annealing (Experiments of [MASQL])
+    alpha_end: float = 1e-3  # temperature after the annealing (Experiments of [MASQL])
+    annealing: Literal["exponential", "linear", "instant"] = "exponential"  # how alpha falls ([SQL])
+    anneal_start: int = 60_000  # environment step at which alpha begins to fall
+    anneal_steps: int = 20_000  # environment steps that its fall takes, unless instant
+    value_samples: int = 50  # uniform joint actions per state in the soft value (appendix of [SQL])
+    particles: int = 32  # that attract, and as many that move, per state and agent (appendix of [SQL])
+    reward_scale: float = 1.0  # factor on rewards in the critic's targets; logged returns are without it
+
+    def __post_init__(self):
+        machine.check_numbers(vars(self), LIMITS)
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}")
 
 
+# particle tasks: games and replay of the siblings, and fewer updates, as each costs ten of theirs or more
+MPE = dict(
+    total_timesteps=500_000, num_envs=32, buffer_size=250_000, warmup_steps=5_000, update_every=96,
+    target_period=20, actor_lr=1e-3, anneal_start=300_000, anneal_steps=100_000,
+)  # fmt: skip
 # environment id -> what differs from the defaults
 PRESETS = {
     # [MASQL]: 150 epochs of 100 steps, alpha falls in epochs 100 to 115, reward x 0.1
@@ -125,42 +100,28 @@ PRESETS = {
         total_timesteps=15_000, num_envs=1, log_every=100, eval_every=1_000, eval_episodes=1, save_every=0,
         anneal_start=10_000, anneal_steps=1_500, reward_scale=0.1,
     ),
+    "aggregation": MPE | dict(eval_every=20_000, log_every=5_000, warmup_steps=100_000, update_every=128),
+    "mill": MPE | dict(total_timesteps=60_000, batch_size=32, anneal_start=30_000, anneal_steps=10_000),
+    "spread": MPE | dict(eval_every=20_000, gamma=0.95),
 }  # fmt: skip
+PRESETS |= {"aggregation_hard": PRESETS["aggregation"]}
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
-LIMITS = dict.fromkeys(("seed", "eval_every", "save_every", "warmup_steps", "anneal_start"), (0, math.inf))
-LIMITS |= dict.fromkeys(("reward_scale", "max_grad_norm"), (0, math.inf)) | {"particles": (2, math.inf)}
-LIMITS |= dict.fromkeys(("alpha_start", "alpha_end"), (1e-6, math.inf))
-
-
-def fail(message):
-    """Leave with one sentence on stderr and exit code 1."""
-    sys.exit(f"{Path(__file__).name}: {message}")
+LIMITS = {"seed": (0, 2**32 - 1)} | dict.fromkeys(("eval_every", "save_every", "warmup_steps"), (0, math.inf))
+LIMITS |= dict.fromkeys(("anneal_start", "reward_scale", "max_grad_norm"), (0, math.inf))
+LIMITS |= dict.fromkeys(("alpha_start", "alpha_end"), (1e-6, math.inf)) | {"particles": (2, math.inf)}
+# what cannot change in a resumed run: it decides shapes and meaning of what was saved
+FIXED = ("env", "seed", "num_envs", "buffer_size", "hidden_dim", "reward_scale")
 
 
 def parse_args():
-    """Flags over PRESETS over the defaults, or over the settings of the run to resume or to evaluate."""
-    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]  # help comes with the presets
-    first = tyro.cli(Args, args=words, description=__doc__)
+    """Flags over PRESETS over the defaults, or over the settings of the run to resume."""
+    first = machine.peek(env=Args.env, setting=None, resume=None)
     env_id = first.env.lower().split(",")[0].strip()
-    overrides = PRESETS.get(env_id, {}) | PRESETS.get(getattr(first, "setting", None), {})
-    if first.resume and first.evaluate:
-        fail("--resume and --evaluate exclude each other")
-    if run := first.resume or first.evaluate:
-        try:
-            overrides = json.loads(Path(run, "args.json").read_text()) | {"resume": None, "evaluate": None}
-            Args(**overrides)
-        except (OSError, TypeError, ValueError) as error:
-            fail(f"{run} is no run folder of this algorithm: {error}")
-    args = tyro.cli(Args, description=__doc__, default=Args(**overrides))
-    for name in ("env", "setting") if run else ():
-        if name in overrides and getattr(args, name).lower() != overrides[name].lower():
-            fail(f"{run} has the {name} {overrides[name]}, which cannot become {getattr(args, name)}")
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            low, high = LIMITS.get(name, (1, math.inf) if type(value) is int else (0, 1))
-            if not (low <= value <= high and math.isfinite(value)):
-                limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                fail(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    settings = PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
+    if first.resume:
+        settings = machine.settings_of(first.resume, Path(__file__).stem, Args.__annotations__)
+    args = tyro.cli(Args, default=Args(**settings), description=__doc__)
+    machine.check_resumed(vars(args), FIXED)
     return args
 
 
@@ -190,8 +151,10 @@ class Perceptrons(nn.Module):
 class Actor(Perceptrons):
     """A sampler of joint actions per agent: the energy-based policy of [SQL], on the agent's observation."""
 
-    def __init__(self, groups, *sizes, low, high):
-        super().__init__(groups, *sizes)
+    def __init__(self, env, args):
+        low, high = map(torch.as_tensor, (env.single_action_space.low, env.single_action_space.high))
+        joint_dim = low.numel()
+        super().__init__(env.n_agents, env.obs_dim + joint_dim, args.hidden_dim, args.hidden_dim, joint_dim)
         self.register_buffer("low", low)  # (N, D), the environment's bounds
         self.register_buffer("high", high)
 
@@ -203,6 +166,10 @@ class Actor(Perceptrons):
 
 class Critic(Perceptrons):
     """Q(s, a_1..a_N), one for the team or one for each agent."""
+
+    def __init__(self, env, args):
+        joint_dim = math.prod(env.single_action_space.shape)
+        super().__init__(1, env.state_dim + joint_dim, args.hidden_dim, args.hidden_dim, 1)
 
     def forward(self, state, joint_actions):
         """state (B, S), joint_actions (B, M, N * D) -> q (B, M); M any with one critic, else N."""
@@ -231,14 +198,14 @@ def svgd_direction(fixed, score, updated):
     score, mostly grad_a Q / alpha, is the gradient of the log density that the actions should get.
     """
     assert fixed.shape == score.shape
-    difference = fixed.unsqueeze(2) - updated.unsqueeze(1)  # (B, K, K, J)
-    distance = difference.square().sum(-1)  # (B, K, K), squared
+    distance = torch.cdist(fixed, updated).square()  # (B, K, K)
     # section 5 of Liu and Wang 2016, "Stein Variational Gradient Descent": h = median / log K
     width = (distance.flatten(1).median(1).values / math.log(fixed.shape[1])).clamp_min(1e-3)[:, None, None]
     kernel = (-distance / width).exp()  # (B, K, K), k(fixed, updated)
-    kernel_gradient = (-2 / width * kernel).unsqueeze(-1) * difference  # (B, K, K, J), by fixed
-    # Eq. 13 of [SQL] over alpha, as Eq. 3 of [MASQL]: E_{a ~ pi}[k(a, f) grad_a Q / alpha + grad_a k(a, f)]
-    return (kernel.unsqueeze(-1) * score.unsqueeze(2) + kernel_gradient).mean(1)
+    # Eq. 13 of [SQL] over alpha, as Eq. 3 of [MASQL]: E_{a ~ pi}[k(a, f) grad_a Q / alpha + grad_a k(a, f)],
+    # where grad_a k(a, f) = 2 / width (f - a) k(a, f); as products of matrices, without all pairs' vectors
+    attraction = torch.bmm(kernel.mT, score - 2 / width * fixed)  # (B, K, J)
+    return (attraction + 2 / width * kernel.sum(1).unsqueeze(-1) * updated) / fixed.shape[1]
 
 
 def annealed_alpha(step, start, steps, alpha_start, alpha_end, annealing):
@@ -273,10 +240,9 @@ class ReplayBuffer:
     def add(self, step):
         """Store a Batch with a transition of every game."""
         if self.steps is None:
-            try:
-                self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
-            except RuntimeError:
-                fail(f"no memory for {self.capacity} transitions; lower --buffer-size")
+            row = sum(x[0].nbytes for x in step if x is not None)
+            machine.require_memory(self.capacity * row, step.obs.device, "lower --buffer-size")
+            self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
         slot = torch.arange(len(step.reward), device=step.reward.device) + self.n_steps  # (B,)
         slot = slot % self.capacity
         for stored, x in zip(self.steps, step, strict=True):
@@ -290,11 +256,17 @@ class ReplayBuffer:
         index = torch.randint(stored, (n,), generator=generator, device=generator.device)
         return Batch(*(x if x is None else x[index] for x in self.steps))
 
+    def state_dict(self):
+        steps = [x if x is None else x[: self.n_steps].clone() for x in self.steps or ()]
+        return {"steps": steps, "n_steps": self.n_steps}
 
-# ---- acting and evaluation ----
-EVALUATION_SEED = 1_000_000
+    def load_state_dict(self, state):
+        if state["steps"]:
+            self.add(Batch(*state["steps"]))
+        self.n_steps = state["n_steps"]
 
 
+# ---- acting ----
 @torch.no_grad()
 def act(actor, obs, avail_actions, memory=None, generator=None):
     """Actions (B, N, D) of one step, each agent's part of its own sample; zero noise without a generator."""
@@ -302,66 +274,8 @@ def act(actor, obs, avail_actions, memory=None, generator=None):
     noise = obs.new_zeros(B, 1, N, N * D)
     if generator is not None:
         noise.normal_(generator=generator)
-    joint = actor(obs, noise).view(B, N, N, D)
-    own = joint.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, N, D)
+    own = actor(obs, noise).view(B, N, N, D).diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, N, D)
     return torch.lerp(actor.low, actor.high, (own + 1) / 2), memory
-
-
-def episode_metrics(info):
-    """Tag -> (B,) about every game's episode; a win rate only where a game can be won."""
-    tags = dict(episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won")
-    return {tag: info[key].float() for tag, key in tags.items() if key in info}
-
-
-def evaluate(actor, env, video=None):
-    """Greedy play from a fixed seed: means over the first episode of each game; `video`: GIF of game 0."""
-    obs, _ = env.reset(seed=EVALUATION_SEED, options={"evaluation": True})
-    running = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)  # (B,)
-    memory, results, frames = None, {}, []
-    while running.any():
-        actions, memory = act(actor, obs, env.avail_actions(), memory)
-        obs, _, terminated, truncated, info = env.step(actions)
-        if video and running[0]:
-            frames.append(Image.fromarray(np.asarray(env.render())))
-        for tag, value in episode_metrics(info).items():
-            results[tag] = torch.where(running, value, results.get(tag, value))  # (B,)
-        running = running & ~(terminated | truncated)
-    if video:
-        frames[0].save(video, save_all=True, append_images=frames[1:], duration=125, loop=0)
-    return {tag: value.mean().item() for tag, value in results.items()}
-
-
-# ---- saving ----
-def due(every, global_step, num_envs, last):
-    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
-    return every > 0 and (global_step % every < num_envs or last)
-
-
-def save(run, args, parts, generators, global_step, iteration, train_seconds):
-    """Write run/model.pt under another name, then rename it: no crash leaves half a checkpoint."""
-    progress = {"global_step": global_step, "iteration": iteration, "train_seconds": train_seconds}
-    checkpoint = {"args": vars(args), "rng": [generator.get_state() for generator in generators], **progress}
-    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-    torch.save(checkpoint, Path(run, "model.pt.tmp"))
-    Path(run, "model.pt.tmp").replace(Path(run, "model.pt"))
-
-
-def load(run, parts, generators=()):
-    """Put run/model.pt back into networks, optimisers and generators; returns the whole checkpoint."""
-    if not Path(run, "model.pt").exists():
-        fail(f"{run} has no model.pt: it was stopped before its first checkpoint")
-    try:
-        checkpoint = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            if isinstance(part, torch.optim.Optimizer):  # learning rates are settings, not progress
-                checkpoint[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(checkpoint[name])
-        for generator, state in zip(generators, checkpoint["rng"], strict=False):
-            if state.shape == generator.get_state().shape:  # else it comes from another kind of device
-                generator.set_state(state)
-    except Exception as error:  # a broken file may fail anywhere in the unpickler
-        fail(f"{run}/model.pt is broken or does not fit these settings ({type(error).__name__})")
-    return checkpoint
 
 
 # ---- update ----
@@ -415,8 +329,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
 
     # actor
     noise = torch.randn(len(obs), 2 * K, N, J, generator=generator, device=obs.device)
-    actions = actor(obs, noise).transpose(1, 2)  # (U, N, 2 K, J), each agent's apart
-    fixed, updated = actions[:, :, :K].detach().requires_grad_(), actions[:, :, K:]  # (U, N, K, J)
+    fixed = actor(obs, noise[:, :K]).detach().transpose(1, 2).requires_grad_()  # (U, N, K, J)
+    updated = actor(obs, noise[:, K:]).transpose(1, 2)  # (U, N, K, J), each agent's apart
     # NOTE: as the official code of [SQL]: without this term particles push each other onto the bounds
     squash = (1 - fixed.square() + 1e-6).log().sum()
     log_density = critic(state, fixed.flatten(1, 2)).sum() / alpha + squash
@@ -431,148 +345,125 @@ def update(args, actor, critic, critic_target, optimizers, batch, alpha, generat
     return {name: value.detach() for name, value in losses.items()} | {"grad_norm_critic": grad_norm_critic}
 
 
-if __name__ == "__main__":
-    args = parse_args()
+# ---- logging ----
+def due(every, global_step, num_envs, last):
+    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
+    return every > 0 and (global_step % every < num_envs or last)
 
+
+def log(writer, global_step, **groups):
+    """Write numbers to TensorBoard; NaN or infinity ends the run, before it would be saved."""
+    for group, scalars in groups.items():
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                writer.close()
+                machine.fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+
+
+if __name__ == "__main__":
     # ---- run ----
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    args = parse_args()
     # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    torch.manual_seed(args.seed)
+    # streams of their own for weights, games and exploration; 31 bits, as some games take no more
+    seeds = (np.random.SeedSequence(args.seed).generate_state(3) // 2).tolist()
+    torch.manual_seed(seeds[0])
     try:
-        env = make(args.env, args.num_envs, device, args.seed, validate=False)
-        eval_env = make(args.env, args.eval_episodes, device, EVALUATION_SEED, validate=False)
-        if args.capture_video:  # whoever draws no pictures says so now, not at the first evaluation
-            eval_env.reset()
-            eval_env.render()
-    except (ValueError, RuntimeError) as error:
-        fail(error)
-    generator = torch.Generator(device).manual_seed(args.seed)
+        options = dict(device=args.device, actions="continuous", validate=False)
+        env = make(args.env, args.num_envs, seed=seeds[1], **options)
+        if args.eval_every:
+            eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
+        env.reset()
+    except (RuntimeError, ValueError) as error:
+        machine.fail(error)
+    run = machine.open_folder(vars(args))
 
     # ---- networks and storage ----
-    space, n_agents = env.single_action_space, env.n_agents
-    if not isinstance(space, gymnasium.spaces.Box):
-        fail(f"{args.env} has discrete actions; this algorithm needs continuous ones")
-    low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)  # (N, D)
-    if not (low.isfinite() & high.isfinite()).all():
-        fail(f"{args.env} has actions without finite bounds; this algorithm needs bounds to scale them")
-    joint_dim = low.numel()
-    actor_sizes = (env.obs_dim + joint_dim, args.hidden_dim, args.hidden_dim, joint_dim)
-    actor = Actor(n_agents, *actor_sizes, low=low, high=high).to(device)
-    if run := args.evaluate:
-        global_step = load(run, {"actor": actor})["global_step"]
-        results = evaluate(actor, eval_env, Path(run, "evaluate.gif") if args.capture_video else None)
-        print("run | step |", " | ".join(results))
-        print(run, "|", global_step, "|", " | ".join(f"{x:.3f}" for x in results.values()))
-        sys.exit()
-    critic = Critic(1, env.state_dim + joint_dim, args.hidden_dim, args.hidden_dim, 1).to(device)
+    generator = Stream(env.device).manual_seed(seeds[2])
+    actor, critic = Actor(env, args).to(env.device), Critic(env, args).to(env.device)
     critic_target = copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     optimizers = (actor_optimizer, critic_optimizer)
-    parts = {"actor": actor, "critic": critic, "critic_target": critic_target}
-    parts |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     buffer = ReplayBuffer(args.buffer_size)
-    if args.buffer_size < args.num_envs:
-        fail(f"--buffer-size must be at least --num-envs, {args.num_envs}")
-
-    # ---- run folder ----
-    run, generators = args.resume, (generator, env.generator)
-    checkpoint = load(run, parts, generators) if run else {}
-    global_step, iteration = checkpoint.get("global_step", 0), checkpoint.get("iteration", 0)
-    train_seconds = checkpoint.get("train_seconds", 0.0)
-    if global_step >= args.total_timesteps:
-        fail(f"{run} is at step {global_step} already; raise --total-timesteps to go on")
-    run = run or f"{args.run_dir}/{args.env.lower()}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    try:
-        Path(run).mkdir(parents=True, exist_ok=True)
-        Path(run, "args.json").write_text(json.dumps(vars(args), indent=2))
-    except OSError as error:
-        fail(f"cannot write the run folder: {error}")
-    writer = SummaryWriter(run, purge_step=global_step + 1 if checkpoint else None)
-    print(f"{json.dumps(vars(args), indent=2)}\nrun folder {run}", flush=True)
-    stop = []  # Ctrl-C or kill ends the run after the step in progress, a second one at once
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda name, _: (stop.append(True), signal.signal(name, signal.SIG_DFL)))
+    parts = dict(actor=actor, critic=critic, critic_target=critic_target)
+    parts |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
 
     # ---- loop ----
-    obs, _ = env.reset()  # (B, N, O)
-    memory, recent, losses, new_steps = None, [], {}, 0
-    start_step, start_seconds = global_step, train_seconds
-    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=not sys.stderr.isatty())
+    progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_steps=0, memory=None, recent={})
+    if args.resume:
+        progress = machine.load(run, parts, progress, env.device)
+    global_step, iteration, train_seconds, new_steps, memory, recent = progress.values()
+    losses, recent, stop = {}, defaultdict(list, recent), machine.catch_signals()
+    if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
+        machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
+    writer = SummaryWriter(run, purge_step=global_step + 1)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=None)  # None: without a terminal
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()
         anneal = (args.anneal_start, args.anneal_steps, args.alpha_start, args.alpha_end, args.annealing)
         alpha = annealed_alpha(global_step, *anneal)
-        schedule = {"alpha": alpha}
-        state, avail_actions = env.state(), env.avail_actions()
+        obs, state, avail_actions = env.obs(), env.state(), env.avail_actions()
         actions, memory = act(actor, obs, avail_actions, memory, generator)
         try:
-            next_obs, reward, terminated, truncated, info = env.step(actions)
+            _, reward, terminated, truncated, info = env.step(actions)
         except RuntimeError as error:  # of the game, which may be a program of its own
-            save(run, args, parts, generators, global_step, iteration, train_seconds)
-            fail(f"{error}; saved {run}/model.pt")
-        actions = info.get("actions", actions)
+            stop.append(error)
+            break
+        global_step += args.num_envs
 
         # store
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
-        buffer.add(Batch(obs, state, avail_actions, actions, reward, terminated, *final))
-        obs, done = next_obs, terminated | truncated  # (B, N, O), (B,)
+        buffer.add(Batch(obs, state, avail_actions, info["actions"], reward, terminated, *final))
+        done = terminated | truncated  # (B,)
         ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
         if len(ended):
-            recent.append(torch.stack([x[ended] for x in episode_metrics(info).values()]))  # (metrics, E)
-        new_steps += args.num_envs
-        global_step += args.num_envs
+            for name, values in info["episode"].items():
+                recent[name].append(values[ended])
 
         # update
-        while new_steps >= args.update_every:
-            new_steps -= args.update_every
-            if buffer.n_steps < args.warmup_steps:
-                continue
+        updates, new_steps = divmod(new_steps + args.num_envs, args.update_every)
+        for _ in range(updates if buffer.n_steps >= args.warmup_steps else 0):
             iteration += 1
             batch = buffer.sample(args.batch_size, generator)
-            losses = update(args, actor, critic, critic_target, optimizers, batch, alpha, generator)
+            losses |= update(args, actor, critic, critic_target, optimizers, batch, alpha, generator)
             if iteration % args.target_period == 0:
                 follow(critic_target, critic, tau=1.0)
         train_seconds += time.perf_counter() - started
 
-        # log
-        sps = (global_step - start_step) / (train_seconds - start_seconds)
-        last = global_step >= args.total_timesteps or bool(stop)
-        save_due = due(args.save_every, global_step, args.num_envs, last=False)
+        # log, evaluate, save
         bar.update(args.num_envs)
-        if due(args.log_every, global_step, args.num_envs, last) or save_due:
-            means = torch.cat(recent, 1).mean(1).tolist() if recent else ()
-            charts = dict(zip(episode_metrics(info), means, strict=False)) | {"SPS": sps}
+        last = global_step >= args.total_timesteps or bool(stop)
+        if due(args.log_every, global_step, args.num_envs, last):
+            charts = {name: torch.cat(x).double().mean().item() for name, x in recent.items()}
+            charts |= {"SPS": global_step / train_seconds, "alpha": alpha}
+            numbers = torch.stack([*losses.values()]).tolist() if losses else ()  # all in one wait
+            named = dict(zip(losses, numbers, strict=True))
+            log(writer, global_step, losses=named, charts=charts | {"train_seconds": train_seconds})
             bar.set_postfix(charts)
             if bar.disable and not args.eval_every:
-                tqdm.write(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
-            charts |= {"train_seconds": train_seconds} | schedule
-            recent, numbers = [], torch.stack([*losses.values()]).tolist() if losses else ()
-            for group, values in (("losses", dict(zip(losses, numbers, strict=True))), ("charts", charts)):
-                for name, value in values.items():
-                    if not math.isfinite(value):
-                        writer.close()
-                        fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
-                    writer.add_scalar(f"{group}/{name}", value, global_step)
-
-        # evaluate, save
-        if due(args.eval_every, global_step, args.num_envs, last) and not stop:
-            video = Path(run, f"{global_step}.gif") if args.capture_video else None
-            results = evaluate(actor, eval_env, video)
-            for name, value in results.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-            tqdm.write(f"step {global_step}, {sps:.0f} steps/s, greedy {line}")
-        if save_due:
-            save(run, args, parts, generators, global_step, iteration, train_seconds)
+                machine.say(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
+            recent.clear()
+        if due(args.eval_every, global_step, args.num_envs, last):
+            video = run / f"{global_step}.gif" if args.capture_video else None
+            if results := evaluate(eval_env, partial(act, actor), video, stop):  # none after Ctrl-C
+                log(writer, global_step, eval=results)
+                line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+                machine.say(f"step {global_step}, {global_step / train_seconds:.0f} steps/s, greedy {line}")
+        progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
+        progress |= dict(new_steps=new_steps, memory=memory, recent=dict(recent))
+        if due(args.save_every, global_step, args.num_envs, last=False):
+            writer.flush()  # what a resumed run will not write again
+            machine.save(run, vars(args), parts, progress)
 
     # ---- close ----
-    save(run, args, parts, generators, global_step, iteration, train_seconds)
+    machine.save(run, vars(args), parts, progress)
     bar.close()
     writer.close()
     env.close()
-    print(f"saved {run}/model.pt")
-    sys.exit(130 if stop else 0)
+    machine.say(f"saved {run}/model.pt of step {global_step}, after {iteration or 'no'} updates")
+    if stop:
+        machine.fail(stop[0])

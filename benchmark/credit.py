@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +30,9 @@ from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
-from dop_deterministic import EVALUATION_SEED, Actor, DecomposedCritic, act, evaluate
-from envs import make
+from dop_deterministic import Actor, DecomposedCritic, act
+from envs import evaluate, make
+from envs.evaluation import SEED
 
 FORCES = torch.linspace(-1, 1, 21)  # (F,)
 GAMES = 64
@@ -60,20 +63,17 @@ def measure(checkpoint):
 
     Raises SystemExit for a checkpoint of another environment.
     """
-    args = checkpoint["args"]
-    if args["env"] != "mill":
-        sys.exit(f"credit.py: needs runs with --env mill, got {args['env']!r}")
-    env = make("mill", GAMES, seed=EVALUATION_SEED, validate=False)
-    low, high = torch.as_tensor(env.single_action_space.low), torch.as_tensor(env.single_action_space.high)
-    sizes = (env.obs_dim, args["hidden_dim"], args["hidden_dim"], low.shape[1])
-    actor = Actor(env.n_agents, *sizes, low=low, high=high)
-    critic = DecomposedCritic(env.state_dim, env.n_agents, low.shape[1], args["critic_hidden_dim"])
+    args = types.SimpleNamespace(**checkpoint["args"])
+    if args.env != "mill":
+        sys.exit(f"credit.py: needs runs with --env mill, got {args.env!r}")
+    env = make("mill", GAMES, validate=False)
+    actor, critic = Actor(env, args), DecomposedCritic(env, args)
     actor.load_state_dict(checkpoint["actor"])
     critic.load_state_dict(checkpoint["critic"])
-    win_rate = evaluate(actor, env)["win_rate"]
+    win_rate = evaluate(env, partial(act, actor))["win_rate"]
 
     states, pushes = [], []
-    obs, _ = env.reset(seed=EVALUATION_SEED)
+    obs, _ = env.reset(seed=SEED)
     for _ in range(env.episode_limit):
         states.append(env.state())
         pushes.append(act(actor, obs, None)[0])  # (B, N, 1)
@@ -87,7 +87,7 @@ def measure(checkpoint):
         credit.append((k * q_force).mean(0))
     return {
         "step": checkpoint["global_step"],
-        "seed": args["seed"],
+        "seed": args.seed,
         "win_rate": win_rate,
         "force": rounded(torch.cat(pushes).mean((0, 2))),  # (N,)
         "k": rounded(k.mean(0)),  # (N,)

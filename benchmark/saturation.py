@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmark.common import markdown_table
-from dop_stochastic import Actor, DecomposedCritic, epsilon_policy
+from dop_stochastic import Actor, Args, DecomposedCritic, epsilon_policy
 from envs import make
 
 
@@ -27,9 +27,8 @@ def measure(run, games=256, steps=20):
     args = json.loads(Path(run, "args.json").read_text())
     state = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
     env = make(args["env"], games, seed=0, validate=False)
-    sizes = (env.n_agents, int(env.single_action_space.nvec[0]))
-    actor = Actor(env.obs_dim, *sizes, hidden_dim=64)
-    critic = DecomposedCritic(env.state_dim, *sizes, hidden_dim=256, separate=args["separate_critics"])
+    args = Args(separate_critics=args["separate_critics"])
+    actor, critic = Actor(env, args), DecomposedCritic(env, args)
     actor.load_state_dict(state["actor"])
     critic.load_state_dict(state["critic"])
     obs, _ = env.reset()

@@ -21,7 +21,9 @@ import shlex
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -50,8 +52,10 @@ from dop_stochastic import (
 from envs import make
 
 N, A, OBS, S = 10, 16, 160, 290  # MMM: agents, actions, observation, state
+MMM = SimpleNamespace(n_agents=N, n_actions=A, obs_dim=OBS, state_dim=S, action_bias=None)
 ON, OFF, T = 16, 32, 60  # episodes and their length
 AGENTS, TRANSITIONS = 10, 1024  # of the learners from single steps
+KINDS = {False: "2-d continuous actions", True: "5 discrete actions"}
 
 
 def random_batch(generator, B):
@@ -75,9 +79,8 @@ def random_batch(generator, B):
 def ours(setting, batch, generator):
     """A function that does one iteration of dop_stochastic.py."""
     args = Args(**PRESETS.get(setting, {}))
-    sizes = (S, N, A, 256, args.separate_critics)
-    actor = Actor(OBS, N, A, 64)
-    critic, critic_target = DecomposedCritic(*sizes), DecomposedCritic(*sizes)
+    actor = Actor(MMM, args)
+    critic, critic_target = (DecomposedCritic(MMM, args) for _ in range(2))
     optimizers = [
         torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5),
         torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5),
@@ -89,8 +92,8 @@ def ours_coma(generator):
     """The same of coma.py, with its default batch."""
     args = coma.Args()
     batch = random_batch(generator, args.batch_size)
-    actor = coma.Actor(OBS, N, A, 64)
-    critic, critic_target = (coma.CounterfactualCritic(OBS, S, N, A, 128) for _ in range(2))
+    actor = coma.Actor(MMM, args)
+    critic, critic_target = (coma.CounterfactualCritic(MMM, args) for _ in range(2))
     optimizers = [torch.optim.RMSprop(x.parameters(), lr=5e-4, alpha=0.99, eps=1e-5) for x in (actor, critic)]
     return lambda: coma.update(args, actor, critic, critic_target, optimizers, batch, 0.3, generator)
 
@@ -99,17 +102,17 @@ def ours_qmix(generator):
     """The same of qmix.py, with its default batch."""
     args = qmix.Args()
     batch = random_batch(generator, args.batch_size)
-    actor, actor_target = (qmix.Actor(OBS, N, A, 64) for _ in range(2))
-    mixer, mixer_target = (qmix.Mixer(S, N, embed_dim=32, hyper_dim=64) for _ in range(2))
+    actor, actor_target = (qmix.Actor(MMM, args) for _ in range(2))
+    mixer, mixer_target = (qmix.Mixer(MMM, args) for _ in range(2))
     parameters = [*actor.parameters(), *mixer.parameters()]
     optimizer = torch.optim.RMSprop(parameters, lr=args.lr, alpha=0.99, eps=1e-5)
     return lambda: qmix.update(args, actor, mixer, actor_target, mixer_target, optimizer, batch)
 
 
 def random_transitions(generator, discrete):
-    """Batch of TRANSITIONS of AGENTS agents with the shapes of spread, and bounds (N, D) of the actions."""
-    env, B, shape = make(f"spread,n_agents={AGENTS}"), TRANSITIONS, dict(generator=generator)
-    legal = torch.ones(B, AGENTS, 5, dtype=torch.bool) if discrete else None
+    """Batch of TRANSITIONS of AGENTS agents with the shapes of spread, and its environment."""
+    env, shape = make(f"spread,n_agents={AGENTS},discrete={discrete}"), dict(generator=generator)
+    B, legal = TRANSITIONS, torch.ones(TRANSITIONS, AGENTS, 5, dtype=torch.bool) if discrete else None
     actions = torch.rand(B, AGENTS, 2, **shape) * 2 - 1
     if discrete:
         actions = torch.randint(5, (B, AGENTS), **shape)
@@ -117,50 +120,38 @@ def random_transitions(generator, discrete):
     state, next_state = torch.randn(2, B, env.state_dim, **shape)
     reward, terminated = torch.randn(B, **shape), torch.zeros(B, dtype=torch.bool)
     now, then = (obs, state, legal), (next_obs, next_state, legal)
-    low, high = -torch.ones(AGENTS, 5 if discrete else 2), torch.ones(AGENTS, 5 if discrete else 2)
-    return maddpg.Batch(*now, actions, reward, terminated, *then), dict(low=low, high=high)
+    return maddpg.Batch(*now, actions, reward, terminated, *then), env
+
+
+def ours_step(program, args, critic, generator, discrete):
+    """A function that does one update, actors and targets included, of a learner from single steps."""
+    batch, env = random_transitions(generator, discrete)
+    actor, actor_target = (program.Actor(env, args) for _ in range(2))
+    critic, critic_target = (critic(env, args) for _ in range(2))
+    optimizer = partial(torch.optim.Adam, fused=True)
+    if program is dop_deterministic:
+        optimizer = partial(torch.optim.RMSprop, alpha=0.99, eps=1e-5)
+    rates = ((actor, args.actor_lr), (critic, args.critic_lr))
+    optimizers = [optimizer(network.parameters(), lr=lr) for network, lr in rates]
+    networks = (actor, critic, actor_target, critic_target)
+    return lambda: program.update(args, *networks, optimizers, batch, generator)
 
 
 def ours_maddpg(generator, discrete, critic_per_agent):
-    """A function that does one update of maddpg.py with its defaults."""
+    """The same of maddpg.py with its defaults."""
     args = maddpg.Args(critic_per_agent=critic_per_agent)
-    batch, bounds = random_transitions(generator, discrete)
-    hidden, action_dim = (args.hidden_dim, args.hidden_dim), bounds["low"].shape[1]
-    sizes = (batch.obs.shape[2], *hidden, action_dim)
-    actor, actor_target = (maddpg.Actor(AGENTS, *sizes, **bounds, final_init=0.0) for _ in range(2))
-    sizes = (batch.state.shape[1] + AGENTS * action_dim, *hidden, 1)
-    critic, critic_target = (maddpg.Critic(AGENTS if critic_per_agent else 1, *sizes) for _ in range(2))
-    optimizers = [torch.optim.Adam(x.parameters(), lr=1e-2, fused=True) for x in (actor, critic)]
-    networks = (actor, critic, actor_target, critic_target)
-    return lambda: maddpg.update(args, *networks, optimizers, batch, generator)
+    return ours_step(maddpg, args, maddpg.Critic, generator, discrete)
 
 
 def ours_maac(generator):
-    """A function that does one update of maac.py with its defaults, for discrete actions."""
-    args = maac.Args()
-    batch, bounds = random_transitions(generator, True)
-    obs_dim, action_dim = batch.obs.shape[2], bounds["low"].shape[1]
-    sizes = (obs_dim, args.hidden_dim, args.hidden_dim, action_dim)
-    actor, actor_target = (maac.Actor(AGENTS, *sizes, **bounds) for _ in range(2))
-    sizes = (obs_dim, action_dim, args.critic_dim, args.heads, True)
-    critic, critic_target = (maac.AttentionCritic(AGENTS, *sizes) for _ in range(2))
-    optimizers = [torch.optim.Adam(x.parameters(), lr=1e-3, fused=True) for x in (actor, critic)]
-    networks = (actor, critic, actor_target, critic_target)
-    return lambda: maac.update(args, *networks, optimizers, batch, generator)
+    """The same of maac.py with its defaults, for discrete actions."""
+    return ours_step(maac, maac.Args(), maac.AttentionCritic, generator, True)
 
 
 def ours_dop_deterministic(generator, discrete):
-    """A function that does one update, actors and targets included, of the paper's dop_deterministic.py."""
+    """The same of the paper's dop_deterministic.py."""
     args = dop_deterministic.Args(**dop_deterministic.PRESETS["paper"])
-    batch, bounds = random_transitions(generator, discrete)
-    action_dim = bounds["low"].shape[1]
-    sizes = (batch.obs.shape[2], args.hidden_dim, args.hidden_dim, action_dim)
-    actor, actor_target = (dop_deterministic.Actor(AGENTS, *sizes, **bounds) for _ in range(2))
-    sizes = (batch.state.shape[1], AGENTS, action_dim, args.critic_hidden_dim)
-    critic, critic_target = (dop_deterministic.DecomposedCritic(*sizes) for _ in range(2))
-    optimizers = [torch.optim.RMSprop(x.parameters(), lr=5e-4, alpha=0.99, eps=1e-5) for x in (actor, critic)]
-    networks = (actor, critic, actor_target, critic_target)
-    return lambda: dop_deterministic.update(args, *networks, optimizers, batch, generator, True)
+    return ours_step(dop_deterministic, args, dop_deterministic.DecomposedCritic, generator, discrete)
 
 
 # ---- a stand-in of the official update ----
@@ -284,7 +275,7 @@ def episode_tasks(generator):
 def step_tasks(generator):
     """The same of the learners from single steps."""
     found = {}
-    for discrete, kind in enumerate(("2-d continuous actions", "5 discrete actions")):
+    for discrete, kind in KINDS.items():
         found[f"maddpg.py, {AGENTS} agents, {kind}"] = {
             "default": ours_maddpg(generator, discrete, False),
             "critic per agent": ours_maddpg(generator, discrete, True),
@@ -295,8 +286,7 @@ def step_tasks(generator):
         "stand-in": standins.maac(random_transitions(generator, True)[0])[0],
     }
     found[f"dop_deterministic.py --setting paper, {AGENTS} agents"] = {
-        kind: ours_dop_deterministic(generator, discrete)
-        for discrete, kind in enumerate(("2-d continuous actions", "5 discrete actions"))
+        kind: ours_dop_deterministic(generator, discrete) for discrete, kind in KINDS.items()
     }
     return found
 

@@ -1,15 +1,25 @@
-"""Cooperative multi-agent environments, batched on one device: `make()` builds, `list_ids()` names."""
+"""Cooperative multi-agent environments, batched on one device.
+
+`make()` builds one, `list_ids()` names all, `evaluate()` plays a policy. `machine` and `Stream` hold what a
+long run needs besides: files, signals, memory, random streams.
+"""
 
 import ast
 import difflib
 import importlib
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 import torch
 
-from envs.base import VecEnv
+from envs import machine
+from envs.base import NO_LIMIT, VecEnv
+from envs.evaluation import STEPS, evaluate
+from envs.machine import Stream
+
+__all__ = ["Stream", "evaluate", "list_ids", "machine", "make"]
 
 _SMAC_MAPS = json.loads((Path(__file__).parent / "smac_maps.json").read_text())["maps"]
 # environment id -> (module, class, arguments of the class)
@@ -30,17 +40,23 @@ def list_ids():
     return list(_REGISTRY)
 
 
-def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
-    """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`.
+def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, **kwargs) -> VecEnv:
+    """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`; "auto": cuda if any.
+
+    `actions`: the only kind that the caller can play, "discrete" or "continuous"; `render`: whether pictures
+    will be asked for.
 
     Further keyword arguments go to the environment's class. The id may carry some too, behind commas:
     `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal (with commas only in brackets), true or
     false in any case, or a bare word for a string, and a keyword argument wins over it.
     `make("pettingzoo:mpe2.simple_spread_v3")` plays any module that has PettingZoo's `parallel_env()`, which
     gets the arguments that envs.pettingzoo does not know. Raises ValueError for an unknown id, for an
-    argument that is malformed, that the environment does not have or does not take, for less than one game
-    and for a GPU that this machine lacks.
+    argument that is malformed, that the environment does not have or does not take, for less than one game,
+    for a GPU that this machine lacks and for the other kind of actions; whatever the game raises that draws
+    no pictures.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     name, *pairs = _split(env_id)
     prefix, _, path = name.partition(":")
     foreign = prefix.lower() == "pettingzoo"
@@ -72,7 +88,17 @@ def make(env_id, num_envs=1, device="cpu", seed=0, **kwargs) -> VecEnv:
     for option, value in options.items():  # any word is true to Python, "no" too
         if option in takes and type(takes[option].default) is bool and type(value) is not bool:
             raise ValueError(f"{option} of environment {env_id!r} must be true or false, got {value!r}")
-    return cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)
+    env = cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)
+    kind = "discrete" if env.n_actions else "continuous"
+    if actions not in (None, kind):
+        raise ValueError(f"{env_id} has {kind} actions; this algorithm needs {actions} ones")
+    if env.episode_limit >= NO_LIMIT:
+        advice = f"evaluations stop after {STEPS} steps; set episode_limit"
+        warnings.warn(f"{env_id}: no episode limit known; {advice}", stacklevel=1)  # once, not per call
+    if render:
+        env.reset()
+        env.render()
+    return env
 
 
 def _split(env_id):

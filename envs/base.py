@@ -7,6 +7,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from envs.machine import Stream
+
+NO_LIMIT = 1_000_000  # the `episode_limit` of games that tell none: they end by themselves, if at all
+
 
 def require_whole(low=1, **values):
     """ValueError for an argument of an environment that is no int, or less than `low`."""
@@ -19,16 +23,22 @@ class VecEnv(gymnasium.vector.VectorEnv):
     """B cooperative games of N agents; every array is a torch tensor on `device`.
 
     Letters: B games, N agents, O observation, S state, A discrete actions, D action dimensions.
-    A subclass implements three hooks and `render()`; clocks, auto-reset and checks live here:
+    A subclass implements three hooks and `render()`; checks live in `step()`, clocks and auto-reset in
+    `_step()`, which a subclass with its own clockwork replaces as a whole:
 
     - `_restart(done)` starts a new episode in every game where `done` (B,) is True.
     - `_advance(actions)` plays one step and returns reward (B,), terminated (B,) and a dict for `info`.
     - `_observe()` returns obs (B, N, O), state (B, S) and avail_actions (B, N, A) of the current step.
+
+    `saved` names the attributes that, with the random stream, decide how the games go on: tensors on
+    `device`, tuples of them and plain values. A subclass adds its own.
     """
 
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.SAME_STEP}
     render_mode = "rgb_array"
     action_bias = None  # (A,) to add to the logits of an untrained policy, where a game asks for one
+    bounded_features = False  # whether observations and state stay within about 1, so that 16 bits hold them
+    saved = ("_episode_return", "_episode_length", "_obs", "_state", "_avail_actions")
 
     def __init__(
         self,
@@ -50,10 +60,14 @@ class VecEnv(gymnasium.vector.VectorEnv):
         self.device = torch.device(device)
         self.validate = validate
         self.single_action_space = single_action_space
+        discrete = isinstance(single_action_space, spaces.MultiDiscrete)
+        self.n_actions = int(single_action_space.nvec[0]) if discrete else None
+        if not discrete and not single_action_space.is_bounded():
+            raise ValueError("continuous actions need finite bounds, so that policies can be scaled to them")
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (n_agents, obs_dim), np.float32)
         self.action_space = batch_space(single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = Stream(self.device).manual_seed(seed)
         self._episode_return = torch.zeros(num_envs, device=self.device)  # (B,)
         self._episode_length = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # (B,)
         self._obs = self._state = self._avail_actions = None
@@ -75,17 +89,25 @@ class VecEnv(gymnasium.vector.VectorEnv):
         Returns obs (B, N, O), reward (B,), terminated (B,), truncated (B,), info. A game that ended has
         already been restarted in `obs`; `final_obs`, `final_state` and `final_avail_actions` of info
         hold what this step led to in every game, before any restart. `episode_return` and
-        `episode_length` (B,) of info count the running episode up to and including this step.
-        Where an environment executes other actions than asked for, `info["actions"]` holds them.
+        `episode_length` (B,) of info count the running episode up to and including this step, and so does
+        `info["episode"]`, name -> (B,), of what is worth a chart: a `win_rate` too where games can be won.
+        `info["actions"]` are those played, which may be others than asked for.
         Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
         """
         if self._obs is None:
             raise RuntimeError("call env.reset() before the first env.step()")
         if self.validate:
             self._check(actions)
-        return self._step(actions)
+        obs, reward, terminated, truncated, info = self._step(actions)
+        info.setdefault("actions", actions)
+        names = dict(
+            episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won"
+        )
+        info["episode"] = {name: info[key] for name, key in names.items() if key in info}
+        return obs, reward, terminated, truncated, info
 
     def _step(self, actions):
+        """`step()` without its checks and without `actions` and `episode` in the info."""
         reward, terminated, info = self._advance(actions)
         self._episode_return = self._episode_return + reward
         self._episode_length = self._episode_length + 1
@@ -100,6 +122,10 @@ class VecEnv(gymnasium.vector.VectorEnv):
         self._obs, self._state, self._avail_actions = self._observe_restarted(done, final)
         return self._obs, reward, terminated, truncated, info
 
+    def obs(self):
+        """Observations (B, N, O) float32, those that `reset()` and `step()` returned last."""
+        return self._obs
+
     def state(self):
         """Global state (B, S) float32, for centralised training."""
         return self._state
@@ -107,6 +133,26 @@ class VecEnv(gymnasium.vector.VectorEnv):
     def avail_actions(self):
         """Legal discrete actions (B, N, A) bool; None where actions are continuous."""
         return self._avail_actions
+
+    @property
+    def sizes(self):
+        """What decides the shapes of a policy and a critic, by name."""
+        actions = self.n_actions or self.single_action_space.shape[1:]
+        sizes = dict(n_agents=self.n_agents, obs_dim=self.obs_dim, state_dim=self.state_dim)
+        return sizes | {"n_actions" if self.n_actions else "action_dims": actions}
+
+    def state_dict(self):
+        """All that decides how the games go on, for `load_state_dict()` of as many games of the same kind."""
+        state = {name: getattr(self, name) for name in self.saved}
+        return {"sizes": self.sizes, "generator": self.generator.state_dict()} | state
+
+    def load_state_dict(self, state):
+        """Go on where another instance was; call it after `reset()`. ValueError for games of other sizes."""
+        if state["sizes"] != self.sizes:
+            raise ValueError(f"the environment's sizes are {self.sizes}, those of the run {state['sizes']}")
+        self.generator.load_state_dict(state["generator"])
+        for name in self.saved:
+            setattr(self, name, state[name])
 
     def _observe_restarted(self, done, final):
         """Like `_observe()`, right after `_restart(done)`; `final`, the features before it, may be reused."""

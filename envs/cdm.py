@@ -29,6 +29,9 @@ class CDM(VecEnv):
     the wrong type or out of its range.
     """
 
+    bounded_features = True
+    saved = (*VecEnv.saved, "_played", "guided")
+
     def __init__(
         self, num_envs, device, seed, validate=True, n_agents=10, n_actions=10, guided_share=0.0,
         guided_steps=0, first_action=0.0,

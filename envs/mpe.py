@@ -123,6 +123,13 @@ class _Task(VecEnv):
     def _observe_restarted(self, done, final):
         return self._observe() if self._renewed else final
 
+    def state_dict(self):
+        return super().state_dict() | {"scene": tuple(self._scene)}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._scene = self._scene._make(state["scene"])
+
     def _forces(self, actions):
         """Actions as (B, N, D) floats from -1 to 1."""
         return actions if self._choices is None else self._choices[actions]

@@ -25,7 +25,7 @@ import torch
 from gymnasium import spaces
 
 from envs import make
-from envs.base import VecEnv, require_whole
+from envs.base import NO_LIMIT, VecEnv, require_whole
 
 try:
     from pettingzoo import ParallelEnv
@@ -33,7 +33,6 @@ except ImportError as error:
     raise ValueError("PettingZoo is not installed: pip install -r requirements.txt") from error
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
-NO_LIMIT = 1_000_000  # steps, where an environment tells no limit: it ends its episodes itself
 
 
 # ---- PettingZoo in ----
@@ -64,6 +63,8 @@ class PettingZoo(VecEnv):
     default one per core. Raises ValueError for an environment that does not fit, RuntimeError for one that
     fails later or returns something wrong, and for a worker that dies; all of them close the workers.
     """
+
+    saved = ()  # the games live in other processes: a resumed run begins new ones
 
     def __init__(
         self, path, num_envs, device, seed, validate=True, team_reward="mean", episode_limit=None,

@@ -32,6 +32,8 @@ class Quadratic(VecEnv):
     ValueError for one that is no finite number, or is not positive where it has to be.
     """
 
+    bounded_features = True
+
     def __init__(
         self, num_envs, device, seed, validate=True, episode_limit=100, bound=10.0,
         h1=0.8, s1=3.0, x1=-5.0, y1=-5.0, h2=1.0, s2=1.0, x2=5.0, y2=5.0, c=10.0,

@@ -60,6 +60,7 @@ SCALE_RATE = 20.0  # reward_scale_rate
 NO_ACTION = wp.constant(-1)  # last action of an episode that has just begun: a one-hot of zeros
 BLOCK = 32  # threads that share a game on a GPU
 GAMES_PER_THREAD = 32  # on a CPU: fewer are not worth another thread
+KEPT = ("units", "actions", "episode_return", "episode_length", "picture")  # of `Games`, beside what it shows
 GLYPHS = {"marine": "M", "marauder": "D", "stalker": "S", "zealot": "Z", "colossus": "C"}
 GLYPHS |= {"zergling": "z", "hydralisk": "H", "baneling": "b", "spinecrawler": "X", "medivac": "+"}
 
@@ -407,6 +408,8 @@ class Smac(VecEnv):
     Raises RuntimeError where Warp cannot use the GPU that torch uses.
     """
 
+    bounded_features = True
+    saved = ("_obs", "_state", "_avail_actions", "_pictured")
     external = False  # in a subclass whose battles are played elsewhere: it fills `units` before the kernels
 
     def __init__(self, map_name, num_envs, device, seed, validate=True):
@@ -493,6 +496,14 @@ class Smac(VecEnv):
         self._launch(self._begin)
         self._obs, self._state, self._avail_actions = self._shown()
         return self._obs, reward, terminated, truncated, info
+
+    def state_dict(self):
+        return super().state_dict() | {name: getattr(self._games, name).clone() for name in KEPT}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        for name in KEPT:
+            getattr(self._games, name).copy_(state[name])  # in place: recorded launches know the address
 
     @property
     def units(self):

@@ -1,9 +1,12 @@
 """Settings of the whole test run, and fixtures that run a program."""
 
+import functools
 import os
+import re
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,33 +44,55 @@ def parse(program, monkeypatch):
 
 
 @pytest.fixture
-def run(program, monkeypatch, tmp_path, capsys):
+def run(program, script, tmp_path):
     """Run the program in this process: flags -> exit code or message, stdout, and its newest run folder.
 
     The flags follow those of a small run on `env`, the program's toy unless told; None: they stand alone.
     """
     import programs
 
-    for name, (cls, arguments) in programs.TOYS.items():
-        monkeypatch.setitem(envs._REGISTRY, name, ("programs", cls, arguments))
-
     toy = programs.toy_of(program)
 
     def run(*flags, env=toy):
         small = [] if env is None else ["--env", env, *programs.SMALL[program].split()]
-        argv = [f"{program}.py", *small, "--run-dir", tmp_path, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with pytest.raises(SystemExit) as leaving:
-                runpy.run_path(programs.MODULES[program].__file__, run_name="__main__")
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
+        code, out = script(program, *small, "--run-dir", tmp_path, *flags)
         folders = sorted(tmp_path.glob("*__*"), key=lambda folder: folder.stat().st_mtime)
-        return leaving.value.code, capsys.readouterr().out, folders[-1] if folders else None
+        return code, out, folders[-1] if folders else None
 
     return run
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a file of the repository in this process: name and words -> exit code or message, and stdout."""
+    import programs
+
+    for name, (cls, arguments) in programs.TOYS.items():
+        monkeypatch.setitem(envs._REGISTRY, name, ("programs", cls, arguments))
+
+    def script(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        code = 0
+        try:
+            runpy.run_path(str(Path(programs.__file__).parents[1] / f"{name}.py"), run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        output = capsys.readouterr()
+        if code == 2:  # tyro explains in a box
+            code = re.sub(r"[\s─│╭╮╰╯]+|--+(?!\w)", " ", output.err + output.out)
+        return code, output.out
+
+    return script
+
+
+@pytest.fixture
+def play(script):
+    """Run play.py: a run folder and flags -> exit code or message, and stdout."""
+    return functools.partial(script, "play")
 
 
 @pytest.fixture

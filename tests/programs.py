@@ -4,13 +4,14 @@ import importlib
 import os
 import signal
 import sys
+import types
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from envs.base import VecEnv
+from envs.base import NO_LIMIT, VecEnv
 
 EPISODE = ("dop_stochastic", "coma", "qmix")
 STEP = ("maddpg", "masql", "dop_deterministic", "maac")
@@ -36,24 +37,36 @@ LOW, HIGH = torch.tensor([[[-1.0, -2.0], [0, 1], [-5, -1]], [[3, -1], [1, 2], [-
 class Troubled(VecEnv):
     """Games that end at random or by the clock, and in which `trouble` may come at step 60.
 
-    It is "interrupt" (Ctrl-C), "kill", "break" (an error of the game), "nan" (rewards of that step),
-    "interrupt_evaluation", at its step 3, or "blind" (no pictures at all).
+    It is "interrupt" (Ctrl-C), "kill", "hangup" (a closed terminal), "break" (an error of the game), "nan"
+    (rewards of that step), "blind" (no pictures at all), or, of evaluations, "interrupt_evaluation" at its
+    step 3, after which it never ends.
     """
 
+    saved = (*VecEnv.saved, "time", "steps")
+
     def __init__(self, num_envs, space, device, seed, trouble):
-        super().__init__(num_envs, N, self.OBS, self.S, self.LIMIT, space, device, seed, trouble != "nan")
+        limit = NO_LIMIT if trouble == "interrupt_evaluation" else self.LIMIT
+        super().__init__(num_envs, N, self.OBS, self.S, limit, space, device, seed, trouble != "nan")
         self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
         self.trouble, self.steps = trouble, 0
-        self.evaluates = seed == MODULES["dop_stochastic"].EVALUATION_SEED
+        self.evaluates = False
+
+    def reset(self, *, seed=None, options=None):
+        if options:
+            self.evaluates, self.steps = True, 0
+        return super().reset(seed=seed, options=options)
 
     def pass_time(self, reward, chance):
         """Reward (B, ...) with what trouble makes of it; the games (B,) that end, each by this chance."""
         self.time, self.steps = self.time + 1, self.steps + 1
-        when, what = (3, "interrupt_evaluation") if self.evaluates else (60, "interrupt")
-        if self.steps == when and self.trouble == what:
-            os.kill(os.getpid(), signal.SIGINT)
-        if self.steps == 60 and not self.evaluates and self.trouble == "kill":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.evaluates and self.trouble == "interrupt_evaluation":
+            assert self.steps < 100, "it goes on and on"
+            if self.steps == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return reward, torch.zeros(self.num_envs, dtype=torch.bool)
+        number = dict(interrupt=signal.SIGINT, kill=signal.SIGTERM, hangup=signal.SIGHUP).get(self.trouble)
+        if self.steps == 60 and not self.evaluates and number:
+            os.kill(os.getpid(), number)
         if self.steps == 60 and not self.evaluates and self.trouble == "break":
             raise RuntimeError("the game broke")
         if self.steps == 60 and self.trouble == "nan":
@@ -64,6 +77,8 @@ class Troubled(VecEnv):
 class Toy(Troubled):
     """Agents see a digit at first and should play it; action 4 is masked."""
 
+    bounded_features = True
+    saved = (*Troubled.saved, "digit")
     OBS, S, LIMIT = 8, 6, 12
 
     def __init__(self, num_envs, device, seed, validate=True, continuous=False, trouble=None):
@@ -97,6 +112,7 @@ class Toy(Troubled):
 class Aim(Troubled):
     """All see which of 3 goals counts, and each has a pair to play there."""
 
+    saved = (*Troubled.saved, "goal")
     OBS, S, LIMIT = 4, 5, 5
 
     def __init__(self, num_envs, device, seed, validate=True, bounded=True, trouble=None):
@@ -143,7 +159,7 @@ class Aim(Troubled):
 # environment id -> class and arguments
 TOYS = {"toy": ("Toy", {}), "Toy2": ("Toy", {}), "continuous": ("Toy", {"continuous": True})}
 TOYS |= {"aim": ("Aim", {}), "boundless": ("Aim", {"bounded": False})}
-for _trouble in ("interrupt", "interrupt_evaluation", "kill", "break", "blind", "nan"):
+for _trouble in ("interrupt", "interrupt_evaluation", "kill", "hangup", "break", "blind", "nan"):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 
 
@@ -180,9 +196,8 @@ def same(x, y):
 def random_play(capacity=5, games=3, steps=200, limit=9, seed=0):
     """A buffer fed with numbered steps of games that end by themselves, and the episodes as plain lists."""
     rng, (OBS, S) = np.random.default_rng(seed), (Toy.OBS, Toy.S)
-    buffer = MODULES["dop_stochastic"].EpisodeBuffer(capacity, games, limit, N, OBS, S, A, "cpu")
-    for name in ("obs", "state", "reward"):
-        buffer.steps[name].fill_(float("nan"))
+    env = types.SimpleNamespace(episode_limit=limit, num_envs=games, device="cpu")
+    buffer = MODULES["dop_stochastic"].EpisodeBuffer(capacity, env, "")
     open_episodes, episodes, number = [[] for _ in range(games)], [], 0
     for _ in range(steps):
         number += 1
@@ -191,15 +206,21 @@ def random_play(capacity=5, games=3, steps=200, limit=9, seed=0):
         step["reward"] = torch.arange(games) / 100 + number
         step["avail_actions"] = step["avail_actions"].bool()
         step["obs"], step["state"] = step["obs"].float(), step["state"].float()
+        stored = step | {"obs": step["obs"].half(), "state": step["state"].half()}
         length = torch.tensor([len(x) + 1 for x in open_episodes])
         step["terminated"] = torch.tensor(rng.random(games) < 0.2)
         done = step["terminated"] | (length >= limit)
         info = {f"final_{name}": 1 - step[name].float() for name in ("obs", "state", "avail_actions")}
-        buffer.add(step, info, done.nonzero().squeeze(1))
+        stored["terminated"], info["episode_length"] = step["terminated"], length
+        if number == 1:
+            buffer.add(stored, info, [])
+            for name in ("obs", "state", "reward"):
+                buffer.steps[name].fill_(float("nan"))
+        buffer.add(stored, info, done.nonzero().squeeze(1))
         for game in range(games):
             open_episodes[game].append({name: value[game] for name, value in step.items()})
         for game in done.nonzero().flatten().tolist():
-            final = {name.removeprefix("final_"): value[game] for name, value in info.items()}
+            final = {name: info[f"final_{name}"][game] for name in ("obs", "state", "avail_actions")}
             episodes.append((open_episodes[game], final))
             open_episodes[game] = []
     return buffer, episodes
@@ -234,9 +255,11 @@ def with_garbage(batch):
 
 
 # ---- transitions ----
-def action_bounds(discrete):
-    """Low and high (N, D) of Aim's actions; of discrete ones only the shape (N, A) counts."""
-    return torch.zeros(2, N, A) if discrete else torch.stack([LOW, HIGH]).to(torch.get_default_dtype())
+def games(discrete, of=Aim):
+    """What networks must know of an environment: Aim's, or one with discrete actions."""
+    sizes = dict(n_agents=N, obs_dim=of.OBS, state_dim=of.S, n_actions=A if discrete else None)
+    space = spaces.MultiDiscrete([A] * N) if discrete else spaces.Box(LOW.numpy(), HIGH.numpy())
+    return types.SimpleNamespace(**sizes, single_action_space=space, action_bias=None)
 
 
 def random_transitions(module, discrete, reward_shape=(6,)):
@@ -277,6 +300,19 @@ def gradients_of(monkeypatch, module, parts, **options):
     with monkeypatch.context() as patch:
         seen = catch_gradients(patch, module)
         return module.update(*parts, seeded(), **options), *seen
+
+
+def check_update(module, parts, train_actor):
+    """Critics move, and only if `train_actor` actors too, and targets by a quarter of the way."""
+    before = [[x.clone() for x in part.parameters()] for part in parts[1:5]]
+    logs = module.update(*parts, seeded(), train_actor=train_actor)
+    after = [list(part.parameters()) for part in parts[1:5]]
+    actor, critic, *targets = [not same(x, y) for x, y in zip(before, after, strict=True)]
+    assert critic and actor == train_actor and targets == [train_actor] * 2
+    assert ("actor_loss" in logs) == train_actor and all(x.isfinite() for x in logs.values())
+    for live, target in ((0, 2), (1, 3)) if train_actor else ():
+        expected = [0.75 * x + 0.25 * y for x, y in zip(before[target], after[live], strict=True)]
+        torch.testing.assert_close(after[target], expected)
 
 
 # ---- numbers and networks ----

@@ -1,6 +1,7 @@
 """The pages of the particle tasks: particles.py on made-up files, credit.py on a run of 320 steps."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -94,8 +95,9 @@ def test_credit_of_a_short_run(tmp_path, monkeypatch, capfd):
 def test_credit_by_hand(tmp_path, monkeypatch, capsys):
     """A critic whose Q_i is the own force times a slope of agent i, and whose k_i are 1 to 10 over 55."""
     slopes = torch.tensor([1.0] * 9 + [-2.0])
-    actor = credit.Actor(10, 14, 4, 4, 1, low=-torch.ones(10, 1), high=torch.ones(10, 1))
-    critic = credit.DecomposedCritic(5, 10, 1, 2)
+    args = {"env": "mill", "seed": 5, "hidden_dim": 4, "critic_hidden_dim": 2}
+    sizes = types.SimpleNamespace(**args)
+    actor, critic = credit.Actor(make("mill"), sizes), credit.DecomposedCritic(make("mill"), sizes)
     for parameter in (*actor.parameters(), *critic.parameters()):
         parameter.data.zero_()
     actor.biases[-1].data.fill_(9.0)  # full force clockwise
@@ -105,7 +107,6 @@ def test_credit_by_hand(tmp_path, monkeypatch, capsys):
     first.data[:, 5, 0], first.data[:, 5, 1] = 1, -1
     second.data[:, 0, 0] = second.data[:, 1, 1] = 1
     third.data[:, 0, 0], third.data[:, 1, 0] = slopes, -slopes
-    args = {"env": "mill", "seed": 5, "hidden_dim": 4, "critic_hidden_dim": 2}
     checkpoint = {"args": args, "global_step": 7, "actor": actor.state_dict(), "critic": critic.state_dict()}
     measured = credit.measure(checkpoint)
     assert measured["win_rate"] == 1.0 and measured["force"] == pytest.approx([1.0] * 10)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import A, N, Toy, checkpoint, in_double, rand, random_episodes, same, with_garbage
+from programs import A, N, Toy, checkpoint, games, in_double, rand, random_episodes, same, with_garbage
 
 import coma
 
@@ -101,7 +101,7 @@ def test_an_agent_with_one_legal_action_learns_nothing():
 # ---- critic ----
 def random_critic(seed=0):
     torch.manual_seed(seed)
-    return coma.CounterfactualCritic(OBS, S, N, A, 16).double()
+    return coma.CounterfactualCritic(games(True, Toy), coma.Args(critic_hidden_dim=16)).double()
 
 
 def critic_inputs(*leading):
@@ -145,7 +145,8 @@ def learner(limit=5, **settings):
     """The first arguments of `update`, in float64; 7 episodes of various lengths."""
     torch.manual_seed(0)
     args = coma.Args(**{"gamma": 0.9, "critic_updates": 1} | settings)
-    actor, critic, critic_target = coma.Actor(OBS, N, A, 16).double(), random_critic(1), random_critic(2)
+    actor = coma.Actor(games(True, Toy), coma.Args(hidden_dim=16)).double()
+    critic, critic_target = random_critic(1), random_critic(2)
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-3) for x in (actor, critic)]
     batch = in_double(random_episodes([(7, 7)], limit))
     return args, actor, critic, critic_target, optimizers, batch
@@ -173,8 +174,8 @@ def test_iteration_equals_a_loop_over_episodes_steps_and_agents(monkeypatch, lim
         hidden, pi = None, []
         for t in range(length + 1):
             last = batch.actions[i, t - 1] if t else torch.full((N,), -1)
-            logits, hidden = actor(batch.obs[i, t].view(1, N, OBS), last.view(1, N), hidden)
-            pi.append(coma.epsilon_policy(logits[0], batch.avail_actions[i, t], 0.3))
+            logits, hidden = actor(batch.obs[i, t].view(1, 1, N, OBS), last.view(1, 1, N), hidden)
+            pi.append(coma.epsilon_policy(logits[0, 0], batch.avail_actions[i, t], 0.3))
 
         def inputs(t, i=i, length=length):
             actions = drawn[0][i] if t == length else batch.actions[i, t]

@@ -3,32 +3,42 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import A, N, Toy, checkpoint, random_episodes, random_play, same
+from programs import A, N, Toy, checkpoint, games, random_episodes, random_play, same
 
 import dop_stochastic as dop
 
 SCRIPT, OBS, S = Path(dop.__file__), Toy.OBS, Toy.S
+SMALL = dict(hidden_dim=16, critic_hidden_dim=16)
+
+
+def make_actor():
+    return dop.Actor(games(True, Toy), dop.Args(**SMALL))
+
+
+def make_critic(separate=False, warmup=0):
+    args = dop.Args(**SMALL, separate_critics=separate, critic_warmup=warmup)
+    return dop.DecomposedCritic(games(True, Toy), args)
 
 
 # ---- networks ----
 @pytest.mark.parametrize("length", [[3, 70, 31, 1, 70, 32, 33], [1], [64, 63]])
 def test_whole_episodes_and_single_steps_give_the_same_logits_and_gradients(double, length):
     torch.manual_seed(0)
-    B, T, actor = len(length), max(length), dop.Actor(OBS, N, A, 16)
+    B, T, actor = len(length), max(length), make_actor()
     obs, actions = torch.randn(B, T + 1, N, OBS), torch.randint(A, (B, T, N))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)
     mask, hidden, steps = torch.arange(T) < torch.tensor(length).unsqueeze(1), None, []
     whole = actor.unroll(dop.Batch(obs, None, None, actions, None, None, mask, length))
     for t in range(T + 1):
-        logits, hidden = actor(obs[:, t], last_actions[:, t], hidden)
+        logits, hidden = actor(obs[:, t : t + 1], last_actions[:, t : t + 1], hidden)
         steps.append(logits)
-    steps = torch.stack(steps, 1) * F.pad(mask, (1, 0), value=True)[:, :, None, None]
+    seen = F.pad(mask, (1, 0), value=True)[:, :, None, None]
+    whole, steps = whole * seen, torch.cat(steps, 1) * seen
     torch.testing.assert_close(whole, steps)
     losses = [(x * x.detach().sin()).sum() for x in (whole, steps)]
     slopes = [torch.autograd.grad(loss, list(actor.parameters())) for loss in losses]
@@ -37,19 +47,19 @@ def test_whole_episodes_and_single_steps_give_the_same_logits_and_gradients(doub
 
 def test_looked_up_columns_equal_one_hot_inputs():
     torch.manual_seed(0)
-    actor = dop.Actor(OBS, N, A, 16)
-    obs, last_actions = torch.randn(2, N, OBS), torch.tensor([[-1, 0, 4], [2, -1, -1]])
+    actor = make_actor()
+    obs, last_actions = torch.randn(2, 1, N, OBS), torch.tensor([[[-1, 0, 4]], [[2, -1, -1]]])
     one_hot = F.one_hot(last_actions.clamp_min(0), A) * (last_actions >= 0).unsqueeze(-1)
-    ids = torch.eye(N).expand(2, N, N)
+    ids = torch.eye(N).expand(2, 1, N, N)
     x = torch.relu(actor.fc(torch.cat([obs, one_hot, ids], -1))).view(1, 2 * N, 16)
-    logits = actor.head(actor.gru(x)[0]).view(2, N, A)
+    logits = actor.head(actor.gru(x)[0]).view(2, 1, N, A)
     torch.testing.assert_close(actor(obs, last_actions)[0], logits)
 
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("leading", [(), (4,), (4, 2)])
 def test_weights_of_the_critic_are_a_distribution_over_agents(separate, leading):
-    critic = dop.DecomposedCritic(S, N, A, 16, separate, zero_init=False)
+    critic = make_critic(separate)
     q_values, k, b = critic(torch.randn(*leading, S))
     assert q_values.shape == (*leading, N, A) and k.shape == (*leading, N) and b.shape == leading
     assert (k >= 0).all()
@@ -58,7 +68,7 @@ def test_weights_of_the_critic_are_a_distribution_over_agents(separate, leading)
 
 def test_separate_critics_share_nothing_and_are_plain_networks():
     torch.manual_seed(0)
-    critic = dop.DecomposedCritic(S, N, A, 16, separate=True, zero_init=False)
+    critic = make_critic(separate=True)
     state = torch.randn(7, S)
     q_values, _, _ = critic(state)
     for i in range(N):
@@ -72,7 +82,7 @@ def test_separate_critics_share_nothing_and_are_plain_networks():
 
 
 def test_shared_trunk_has_a_head_per_agent():
-    critic = dop.DecomposedCritic(S, N, A, 16, separate=False, zero_init=False)
+    critic = make_critic()
     q_values, _, _ = critic(torch.randn(7, S))
     first, _, head = torch.autograd.grad(q_values[:, 1].sum(), list(critic.weights))
     assert first.any()
@@ -80,14 +90,14 @@ def test_shared_trunk_has_a_head_per_agent():
 
 
 def test_zero_init_silences_the_local_critics_only():
-    q_values, k, b = dop.DecomposedCritic(S, N, A, 16, separate=True)(torch.randn(7, S))
+    q_values, k, b = make_critic(separate=True, warmup=1)(torch.randn(7, S))
     assert not q_values.any() and k.std() > 0 and b.std() > 0
 
 
 def test_a_million_actions_of_an_actor_are_all_legal():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    actor = dop.Actor(OBS, N, A, 16)
+    actor = make_actor()
     avail_actions = torch.rand(1000, N, A) < 0.4
     avail_actions[..., 0] |= ~avail_actions.any(-1)
     obs, memory = 30 * torch.randn(1000, N, OBS), None
@@ -102,7 +112,7 @@ def test_buffer_returns_the_latest_episodes_as_they_were_played():
     assert buffer.n_episodes == len(episodes) > 3 * 5  # so the ring went around several times
     batch = buffer.sample([(5, 5)], torch.Generator().manual_seed(0))
     assert all(x.isfinite().all() for x in batch if torch.is_tensor(x))
-    assert batch.obs.dtype == batch.state.dtype == torch.float32
+    assert batch.obs.dtype == torch.half and batch.state.dtype == torch.float32
     assert batch.length == batch.mask.sum(1).tolist()
     assert batch.obs.shape[1] == batch.mask.shape[1] + 1 == max(batch.length) + 1
     order = batch.reward[:, 0].argsort()
@@ -114,7 +124,7 @@ def test_buffer_returns_the_latest_episodes_as_they_were_played():
             assert torch.equal(getattr(batch, name)[i, :length], torch.stack([step[name] for step in steps]))
         for name in ("obs", "state", "avail_actions"):
             seen = torch.stack([step[name] for step in steps] + [final[name].to(steps[0][name].dtype)])
-            assert torch.equal(getattr(batch, name)[i, : length + 1], seen)
+            assert torch.equal(getattr(batch, name)[i, : length + 1].to(seen.dtype), seen)
             assert (getattr(batch, name)[i, length:] == seen[-1]).all()  # padding repeats the end
 
 
@@ -143,8 +153,8 @@ def test_buffer_before_it_is_full():
 def learner(seed=0, **settings):
     torch.manual_seed(seed)
     args = dop.Args(on_policy_batch=3, off_policy_batch=4, **settings)
-    actor = dop.Actor(OBS, N, A, 16)
-    critic, critic_target = (dop.DecomposedCritic(S, N, A, 16, False, False) for _ in range(2))
+    actor = make_actor()
+    critic, critic_target = (make_critic() for _ in range(2))
     optimizers = [torch.optim.RMSprop(x.parameters(), lr=1e-3) for x in (actor, critic)]
     draws = [(3, 8), (4, 20)][: 1 if args.tree_backup == "none" else 2]
     return args, actor, critic, critic_target, optimizers, random_episodes(draws, seed=seed)
@@ -223,6 +233,25 @@ def test_actor_rests_while_the_critic_warms_up():
     assert same(before, parts[1].state_dict()) and "actor_loss" not in logs
 
 
+@pytest.mark.parametrize("actor_gradient", ["expected", "sampled"])
+def test_the_actors_loss_is_a_mean_over_steps_or_over_agents_too(actor_gradient):
+    settings = dict(actor_gradient=actor_gradient)
+    over_steps, over_both = (
+        iterate(learner(**settings, actor_loss_mean=x))["actor_loss"] for x in ("steps", "agents")
+    )
+    torch.testing.assert_close(over_steps, N * over_both)
+
+
+def test_the_critic_can_step_once_per_time_step(monkeypatch):
+    parts, descend, stepped = learner(critic_updates=0), dop.descend, []
+    monkeypatch.setattr(dop, "descend", lambda *x: (stepped.append(x[0]), descend(*x))[1])
+    iterate(parts)
+    mask, (_, critic_optimizer) = parts[-1].mask, parts[4]
+    # as even parts as possible, which may be fewer
+    expected = len(torch.arange(mask.sum()).chunk(mask.shape[1]))
+    assert sum(x is critic_optimizer for x in stepped) == expected > mask.shape[1] / 2
+
+
 def test_both_actor_gradients_agree_on_average(monkeypatch):
     """Sampled actions from pi, many times, against the exact expectation, at the actor's parameters."""
     args, actor, critic, *_, batch = learner()
@@ -243,52 +272,48 @@ def test_both_actor_gradients_agree_on_average(monkeypatch):
 
 
 # ---- the program ----
-def test_random_numbers_of_another_kind_of_device_are_left_alone(run):
-    _, _, folder = run()
-    state = checkpoint(folder)
-    state["rng"] = [torch.zeros(16, dtype=torch.uint8)] * 2  # the size of a CUDA generator's state
-    torch.save(state, folder / "model.pt")
-    assert run("--evaluate", folder, env=None)[0] in (None, 0)
-    assert run("--resume", folder, "--total-timesteps", "800", env=None)[0] == 0
+@pytest.mark.parametrize(("bounded", "dtype"), [(True, torch.half), (False, torch.float32)])
+def test_only_bounded_features_are_stored_in_half_precision(monkeypatch, run, bounded, dtype):
+    """Half precision makes 70,000 infinite, and 3000.4 becomes 3000."""
+    monkeypatch.setattr(Toy, "bounded_features", bounded)
+    steps = checkpoint(run("--save-replay")[2])["buffer"]["steps"]
+    assert steps["obs"].dtype == steps["state"].dtype == dtype and steps["reward"].dtype == torch.float32
 
 
 def test_exit_codes_of_the_real_program(tmp_path):
     flags = ["--env", "3m", "--run-dir", str(tmp_path), "--num-envs"]
+    loop = [
+        *flags,
+        "2",
+        "--eval-every",
+        "0",
+        "--log-every",
+        "40",
+    ]  # the loop prints
     with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags, "2"], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent
+        [sys.executable, str(SCRIPT), *loop], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent
     ) as program:
         for line in program.stdout:
-            if line.startswith("run folder"):
+            if line.startswith("step "):
                 break
-        time.sleep(1)  # into the loop; a signal before its first step would do as well
         program.send_signal(signal.SIGINT)
         assert program.wait(20) == 130
     assert 0 < checkpoint(next(tmp_path.iterdir()))["global_step"] < dop.Args().total_timesteps
     wrong = subprocess.run([sys.executable, str(SCRIPT), *flags, "0"], capture_output=True, text=True)
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith("dop_stochastic.py: --num-envs") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 2 and "--num-envs must be at least 1" in wrong.stdout + wrong.stderr
 
 
-def test_broken_and_foreign_checkpoints_get_one_sentence(run):
+def test_critics_of_another_kind_cannot_go_on(run):
     _, _, folder = run()
+    code, _, _ = run("--resume", folder, "--separate-critics", env=None)
+    assert "has the separate_critics False, which cannot become True" in code
 
-    def message(*flags):
-        code, _, _ = run(*flags, env=None)
-        assert isinstance(code, str) and code.startswith("dop_stochastic.py: ") and "\n" not in code
-        return code
 
-    for flag in ("--resume", "--evaluate"):
-        assert "has the env toy, which cannot become Toy2" in message(flag, folder, "--env", "Toy2")
-    assert "has the setting default, which cannot" in message("--resume", folder, "--setting", "paper")
-    assert "is broken or does not fit these settings" in message("--resume", folder, "--separate-critics")
-    whole = (folder / "model.pt").read_bytes()
-    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
-        (folder / "model.pt").write_bytes(broken)
-        assert "is broken or does not fit these settings" in message("--resume", folder)
-    (folder / "model.pt").unlink()
-    assert "has no model.pt" in message("--evaluate", folder)
-    (folder / "args.json").write_text('{"env": "toy", "alpha": 1}')
-    assert "no run folder of this algorithm" in message("--resume", folder)
+def test_numbers_of_the_official_code(parse):
+    args = parse("--setting", "official")
+    assert (args.num_envs, args.critic_lr, args.critic_updates) == (4, 1e-4, 0)
+    assert args.actor_loss_mean == "agents"
+    assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (0.5, 0.05, 500_000)
 
 
 def test_numbers_of_the_paper(parse):

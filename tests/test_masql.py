@@ -2,10 +2,26 @@
 
 import math
 import statistics
+import types
 
 import pytest
 import torch
-from programs import HIGH, LOW, Aim, D, J, N, catch_gradients, for_critics, rand, same, seeded, slow_net
+from gymnasium import spaces
+from programs import (
+    HIGH,
+    LOW,
+    Aim,
+    D,
+    J,
+    N,
+    catch_gradients,
+    for_critics,
+    games,
+    rand,
+    same,
+    seeded,
+    slow_net,
+)
 
 import masql
 
@@ -96,15 +112,14 @@ def test_schedules_of_alpha(annealing, middle):
 
 
 # ---- samplers ----
-def make_actor(hidden=16, seed=0, obs=OBS, low=LOW, high=HIGH):
+def make_actor(hidden=16, seed=0, env=None):
     torch.manual_seed(seed)
-    low, high = low.to(torch.get_default_dtype()), high.to(torch.get_default_dtype())
-    return masql.Actor(len(low), obs + low.numel(), hidden, hidden, low.numel(), low=low, high=high)
+    return masql.Actor(env or games(discrete=False), masql.Args(hidden_dim=hidden))
 
 
 def test_samplers_cover_both_modes_of_a_density():
-    low, high = -torch.ones(2, 1), torch.ones(2, 1)
-    actor, generator, obs = make_actor(32, obs=1, low=low, high=high), seeded(), torch.ones(1, 2, 1)
+    env = types.SimpleNamespace(n_agents=2, obs_dim=1, single_action_space=spaces.Box(-1, 1, (2, 1)))
+    actor, generator, obs = make_actor(32, env=env), seeded(), torch.ones(1, 2, 1)
     optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3)
     modes, deviation = torch.tensor([[-0.4, -0.4], [0.4, 0.4]]), 0.3
     for _ in range(500):
@@ -127,9 +142,8 @@ def test_samplers_cover_both_modes_of_a_density():
 
 
 def test_each_agent_executes_its_own_part_of_its_own_sample():
-    actor = masql.Actor(N, OBS + J, J, low=LOW, high=HIGH)  # a single layer, which passes the noise on
-    actor.weights[0].data = torch.cat([torch.zeros(OBS, J), torch.eye(J)]).repeat(N, 1, 1)
-    actor.biases[0].data.zero_()
+    actor, passes_noise_on = make_actor(), torch.cat([torch.zeros(OBS, J), torch.eye(J)]).repeat(N, 1, 1)
+    actor.layers = [(passes_noise_on, torch.zeros(N, 1, J))]
     actions, _ = masql.act(actor, torch.randn(7, N, OBS), None, generator=seeded())
     noise = torch.randn(7, 1, N, J, generator=seeded())
     for b in range(7):
@@ -167,9 +181,9 @@ def test_a_sampler_depends_on_its_own_parameters_observation_and_noise_only():
 def learner(rows=range(5)):
     """The arguments of `update` up to alpha, with transitions between the states of these numbers."""
     torch.manual_seed(0)
-    args = masql.Args(particles=3, value_samples=4, gamma=0.9, reward_scale=0.5)
+    args = masql.Args(particles=3, value_samples=4, gamma=0.9, reward_scale=0.5, hidden_dim=8)
     actor = make_actor(8)
-    critic, critic_target = (masql.Critic(1, S + J, 8, 8, 1) for _ in range(2))
+    critic, critic_target = (masql.Critic(games(discrete=False), args) for _ in range(2))
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in (actor, critic)]
     B = len(rows)
     obs, state, next_obs, next_state = (torch.randn(B, *x)[list(rows)] for x in [(N, OBS), (S,)] * 2)

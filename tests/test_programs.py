@@ -2,11 +2,18 @@
 
 import json
 import math
+import random
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from programs import EPISODE, MODULES, STEP, Aim, checkpoint, same, scalars, toy_of
+from programs import EPISODE, MODULES, SMALL, STEP, Aim, checkpoint, same, scalars, toy_of
+
+import envs
 
 PROGRAMS = (*EPISODE, *STEP)
 TINY = {
@@ -39,12 +46,12 @@ def targets(state):
 
 
 @pytest.mark.parametrize(("program", "env"), CASES)
-def test_runs_and_evaluates(run, program, env):
+def test_runs_and_plays(run, play, program, env):
     code, out, folder = run(*TINY[program].split(), env=env)
     assert code == 0 and len(re.findall(r"step \d+, .*greedy episodic_return", out)) == 2
     assert checkpoint(folder)["iteration"] > 0
-    code, out, _ = run("--evaluate", folder, env=None)
-    assert code is None and "episodic_return" in out
+    code, out = play(folder)
+    assert code == 0 and "episodic_return" in out
 
 
 # ---- learning ----
@@ -71,7 +78,7 @@ _CRITIC = "--critic-lr 0.003 --critic-hidden-dim 32"
     [
         ("dop_stochastic", 1, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002"),
         ("coma", 0.7, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002 --gamma 0.5 --epsilon-steps 2000"),
-        ("qmix", 0.7, f"{_EPISODE} --lr 0.002 --gamma 0.9"),
+        ("qmix", 0.7, f"{_EPISODE} --lr 0.002 --gamma 0.9 --total-timesteps 6000 --eval-episodes 60"),
         ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001"),
         ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001 --critic-per-agent --others-actions current"),
         ("masql", 0.9, f"{_STEP} --actor-lr 0.003 --critic-lr 0.01 --hidden-dim 32 {_DECAY}"),
@@ -155,6 +162,22 @@ def test_targets_are_copied_every_period(run, program):
         assert same(target, start) and not same(live, start)
 
 
+@pytest.mark.parametrize("program", ["maddpg", "dop_deterministic", "maac"])
+def test_actors_and_targets_are_updated_every_policy_delay(run, program):
+    for delay, moved in ((100, False), (38, True)):
+        states = checkpoint(run("--policy-delay", str(delay))[2])
+        assert states["iteration"] == 38
+        assert same(states["actor"], states["actor_target"]) != moved  # equal at the start
+        assert not same(states["critic"], states["critic_target"])
+        assert ("step" in str(states["actor_optimizer"]["state"])) == moved
+
+
+@pytest.mark.parametrize("program", ["maddpg", "dop_deterministic", "maac"])
+def test_actors_wait_in_the_tasks_of_the_dop_paper(parse, program):
+    """Appendix G.2: DOP's delay, "also" of "all the baselines"."""
+    assert [parse("--env", env).policy_delay for env in ("aggregation", "mill")] == [2, 2]
+
+
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "masql"])
 def test_an_environment_biases_the_untrained_policy_and_targets_start_as_copies(run, program):
     """One update would change them, so none happens."""
@@ -174,8 +197,23 @@ def test_an_environment_biases_the_untrained_policy_and_targets_start_as_copies(
 def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, program, env):
     flags = ((), (), ("--eval-every", "0"), ("--seed", "2"))
     first, *others = [checkpoint(run(*x, env=env)[2]) for x in flags]
-    equal = [all(same(first[part], x[part]) for part in (*PARTS[program], "rng")) for x in others]
+    equal = [
+        all(same(first[part], x[part]) for part in (*PARTS[program], "generator", "env")) for x in others
+    ]
     assert equal == [True, True, False]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_weights_games_and_exploration_have_streams_of_their_own(run, program):
+    seeds = []
+    for seed in ("1", "2"):
+        state = checkpoint(run("--seed", seed, "--total-timesteps", "4", "--eval-every", "0")[2])
+        seeds.append(torch.initial_seed())
+        for part in (state["generator"], state["env"]["generator"]):
+            stream = envs.Stream("cpu")
+            stream.load_state_dict(part)
+            seeds.append(stream.initial_seed())
+    assert len(set(seeds)) == 6 and max(seeds) < 2**31
 
 
 # ---- run folders ----
@@ -189,7 +227,7 @@ def test_resume_restores_and_goes_on(run, program):
     run("--resume", folder, "--total-timesteps", "404", env=None)  # one step, no update yet
     after = checkpoint(folder)
     assert all(same(after[part], before[part]) for part in (*PARTS[program], "iteration"))
-    assert after["global_step"] == 404 and not same(after["rng"], before["rng"])
+    assert after["global_step"] == 404 and not same(after["env"], before["env"])
 
     flags = ("--total-timesteps", "800", f"--{name.replace('_', '-')}", "0.125")
     code, _, same_folder = run("--resume", folder, *flags, env=None)
@@ -206,12 +244,113 @@ def test_resume_restores_and_goes_on(run, program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_evaluate_plays_greedily_and_prints_a_line(run, program):
+def test_a_killed_run_with_its_replay_goes_on_to_the_bit(run, program, tmp_path):
+    """Weights, optimisers, games, replay and curves; kill -9 at any step, which may be one of evaluation."""
+    env, killed = "spread" if program in STEP else "spread,discrete=True", random.randrange(60, 120)
+    flags = ["--save-replay", "--save-every", "220", "--total-timesteps", "800", "--eval-every", "400"]
+    flags += ["--log-every", "320"]  # within episodes
+    _, _, whole = run(*flags, env=env)
+    words = [MODULES[program].__file__, "--env", env, *SMALL[program].split(), *flags]
+    words = [*words, "--run-dir", str(tmp_path / "killed"), "--device", "cpu"]
+    process = subprocess.run(
+        [sys.executable, "-c", KILL.format(killed), *words], cwd=ROOT, capture_output=True
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    (folder,) = (tmp_path / "killed").iterdir()
+    step = checkpoint(folder)["global_step"]
+    code, out, _ = run("--resume", folder, env=None)
+    assert code == 0 and f"resumed at step {step}" in out and "fills anew" not in out, killed
+    expected, resumed = checkpoint(whole), checkpoint(folder)
+    assert 220 <= step < 800 and resumed["iteration"] > 0
+    for state in (expected, resumed):
+        del state["args"], state["train_seconds"]
+    assert [name for name in expected if not same(expected[name], resumed[name])] == [], killed
+    curves = [{tag: dict(x) for tag, x in scalars(path).items()} for path in (whole, folder)]
+    for tag in curves[0].keys() - {"charts/SPS", "charts/train_seconds"}:
+        assert curves[0][tag] == curves[1][tag], (tag, killed)
+
+
+ROOT = Path(__file__).parent.parent
+KILL = """import os, runpy, sys, torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.getcwd())
+torch.set_num_threads(1)
+from envs.base import VecEnv
+step, steps = VecEnv.step, []
+def counted(env, actions):
+    steps.append(1)
+    if len(steps) == {}:
+        os.kill(os.getpid(), 9)
+    return step(env, actions)
+VecEnv.step = counted
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_a_resumed_run_cannot_do(run, program):
+    _, _, folder = run("--total-timesteps", "40", "--eval-every", "0")
+    before = checkpoint(folder)
+    for flag, value in FIXED.items():
+        if flag in vars(MODULES[program].Args()):
+            code, _, _ = run("--resume", folder, f"--{flag.replace('_', '-')}", value, env=None)
+            old = before["args"][flag]
+            assert code == f"{program}.py: {folder} has the {flag} {old}, which cannot become {value}"
+    other = next(name for name in PROGRAMS if name != program)
+    torch.save(before | {"program": other}, folder / "model.pt")
+    assert f"is a run of {other}.py, not of {program}.py" in run("--resume", folder, env=None)[0]
+    torch.save(before | {"args": before["args"] | {"alphabet": 1}}, folder / "model.pt")
+    assert f"made by another version of {program}.py: alphabet" in run("--resume", folder, env=None)[0]
+    odd = before["env"] | {"sizes": before["env"]["sizes"] | {"obs_dim": 99}}
+    torch.save(before | {"env": odd}, folder / "model.pt")
+    flags = ("--resume", folder, "--total-timesteps", "80")
+    assert "'obs_dim': 99" in run(*flags, env=None)[0]
+    whole = (folder / "model.pt").read_bytes()
+    for broken in (b"", whole[:-100], b"x" * 100):
+        (folder / "model.pt").write_bytes(broken)
+        assert "model.pt is broken" in run(*flags, env=None)[0]
+    (folder / "model.pt").unlink()
+    assert "has no model.pt" in run(*flags, env=None)[0]
+
+
+# setting that decides shapes or meaning -> another value of it
+FIXED = {"env": "cdm", "seed": "77", "num_envs": "3", "hidden_dim": "5", "heads": "2", "setting": "paper"}
+FIXED |= {"critic_dim": "24", "critic_hidden_dim": "5", "reward_scale": "0.25", "embed_dim": "5"}
+FIXED |= {"hyper_dim": "5", "off_policy_size": "77"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_replay_that_was_not_saved_fills_anew_and_the_run_says_so(run, program):
+    _, out, folder = run()
+    assert "fills anew" not in out and "buffer" not in checkpoint(folder)
+    _, out, _ = run("--resume", folder, "--total-timesteps", "480", env=None)
+    assert "resumed at step 400; the replay fills anew" in out
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_without_any_update_says_so_at_both_ends(run, program):
+    _, out, folder = run("--total-timesteps", "12" if program in EPISODE else "80", "--eval-every", "0")
+    words = "may end" if program in EPISODE else "ends"
+    assert f"this run {words} before its first update" in out and "after no updates" in out
+    _, out, _ = run()
+    assert "before its first update" not in out and re.search(r"after \d+ updates", out)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_replay_that_does_not_fit_is_refused_at_the_start(run, program, monkeypatch):
+    flag = {"dop_stochastic": "--off-policy-size", "coma": "--batch-size"}.get(program, "--buffer-size")
+    monkeypatch.setattr(envs.machine, "_free_memory", lambda: 2**20)
+    code, _, _ = run(flag, "100000")
+    assert re.match(rf"{program}.py: this needs [\d.]+ GiB .* 0.0 GiB are free; lower {flag}", code)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_play_plays_greedily_and_prints_a_line(run, play, program):
     _, _, folder = run()
     before, lines = (folder / "model.pt").stat().st_mtime, []
     for _ in range(2):
-        code, out, _ = run("--evaluate", folder, "--capture-video", env=None)
-        assert not code
+        code, out = play(folder, "--video")
+        assert code == 0
         lines.append(out.strip().splitlines()[-2:])
     assert lines[0] == lines[1]
     header, row = (line.split(" | ") for line in lines[0])
@@ -219,12 +358,18 @@ def test_evaluate_plays_greedily_and_prints_a_line(run, program):
     assert header == ["run", "step", "episodic_return", "episodic_length", *win_rate]
     assert row[:2] == [str(folder), "400"]
     assert float(row[2]) == pytest.approx(scalars(folder)["eval/episodic_return"][-1][1], abs=1e-3)
-    assert (folder / "evaluate.gif").stat().st_size and (folder / "model.pt").stat().st_mtime == before
+    assert (folder / "play.gif").stat().st_size and (folder / "model.pt").stat().st_mtime == before
+    assert play(folder, "--env", toy_of(program) + "_kill", "--episodes", "2")[0] == 0
+    code, _ = play(folder, "--env", "3m")
+    assert (
+        code.startswith("play.py: 3m has the sizes {'n_agents': 3, 'obs_dim': 30,") and "'obs_dim': " in code
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    ("trouble", "step"), [("interrupt", 60 * 4), ("interrupt_evaluation", 200), ("kill", 60 * 4)]
+    ("trouble", "step"),
+    [("interrupt", 60 * 4), ("interrupt_evaluation", 200), ("kill", 60 * 4), ("hangup", 60 * 4)],
 )
 def test_ctrl_c_and_kill_save_and_leave(run, program, trouble, step):
     code, _, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_{trouble}")
@@ -233,8 +378,8 @@ def test_ctrl_c_and_kill_save_and_leave(run, program, trouble, step):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_game_that_breaks_costs_no_training(run, program):
-    code, _, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_break")
-    assert code == f"{program}.py: the game broke; saved {folder}/model.pt"
+    code, out, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_break")
+    assert code == f"{program}.py: the game broke" and f"saved {folder}/model.pt of step 236" in out
     assert checkpoint(folder)["global_step"] == 59 * 4
 
 
@@ -262,9 +407,8 @@ def test_nan_stops_the_run_with_step_and_name(run, program):
 MISTAKES = {  # what comes behind which flags
     PROGRAMS: {
         "--num-envs 0": "--num-envs must be at least 1",
-        "--resume nowhere": "nowhere is no run folder",
-        "--evaluate nowhere": "nowhere is no run folder",
-        "--resume nowhere --evaluate nowhere": "--resume and --evaluate exclude each other",
+        "--resume nowhere": "nowhere has no model.pt: it is no run folder",
+        "--seed 18446744073709551616": "--seed must be from 0 to ",
         "--run-dir /dev/null": "cannot write the run folder: ",
         "--env mmmm": "unknown environment 'mmmm'",
     },
@@ -274,7 +418,7 @@ MISTAKES = {  # what comes behind which flags
         "--target-period 0": "--target-period must be at least 1",
     },
     STEP: {
-        "--env boundless": "boundless has actions without finite bounds",
+        "--env boundless": "continuous actions need finite bounds",
         "--env quadratik": "unknown environment 'quadratik': did you mean quadratic",
         "--buffer-size 3": "--buffer-size must be at least --num-envs, 4",
     },
@@ -282,7 +426,7 @@ MISTAKES = {  # what comes behind which flags
         "--total-timesteps -5": "--total-timesteps must be at least 1",
         "--eval-every -1": "--eval-every must be at least 0",
         "--gamma 1.5": "--gamma must be from 0 to 1",
-        "--critic-updates 0": "--critic-updates must be at least 1",
+        "--critic-updates -1": "--critic-updates must be at least 0",
         "--critic-lr -0.1": "--critic-lr must be from 0",
         "--kappa nan": "--kappa must be from 0 to 1",
         "--on-policy-batch 9": "a batch is larger than its buffer",
@@ -321,7 +465,7 @@ MISTAKES = {  # what comes behind which flags
     ("maac",): {
         "--env mil": "unknown environment 'mil': did you mean mill",
         "--alpha -1": "--alpha must be at least 0",
-        "--heads 3": "--critic-dim must be a multiple of --heads, 3, got 16",
+        "--heads 3": "--critic-dim 16 is no multiple of --heads 3",
     },
 }
 
@@ -333,8 +477,12 @@ MISTAKES = {  # what comes behind which flags
 def test_mistakes_get_one_sentence(run, program, flags, words):
     """From the script and without a run folder; sys.exit(str) prints it to stderr and exits with 1."""
     code, _, folder = run(*flags.split())
-    assert isinstance(code, str) and code.startswith(f"{program}.py: ") and words in code
-    assert "\n" not in code and folder is None
+    assert isinstance(code, str) and words in code and "Traceback" not in code
+    assert (
+        code.startswith((f"{program}.py: ", " Value error ", " Parsing error "))
+        and "\n" not in code
+        and folder is None
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -351,7 +499,7 @@ def test_presets_lie_between_defaults_and_flags(parse, monkeypatch, program, pre
     Args, presets = MODULES[program].Args, MODULES[program].PRESETS
     values = presets[preset]
     chosen = {"env": f"{preset.upper()},n_agents=3"}
-    if preset in ("paper", "appendix"):
+    if preset in ("paper", "official", "appendix"):
         chosen = {"env": "AIM", "setting": preset}
     flags = [x for name, value in chosen.items() for x in (f"--{name}", value)]
     assert parse(*flags) == Args(**chosen | values)

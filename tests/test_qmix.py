@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import A, N, Toy, checkpoint, in_double, random_episodes, same, with_garbage
+from programs import A, N, Toy, checkpoint, games, in_double, random_episodes, same, with_garbage
 
 import qmix
 
@@ -16,7 +16,13 @@ OBS, S = Toy.OBS, Toy.S
 
 def random_mixer(seed=0, n_agents=N):
     torch.manual_seed(seed)
-    return qmix.Mixer(S, n_agents, 4, 7).double()
+    env = games(True, Toy)
+    env.n_agents = n_agents
+    return qmix.Mixer(env, qmix.Args(embed_dim=4, hyper_dim=7)).double()
+
+
+def make_actor():
+    return qmix.Actor(games(True, Toy), qmix.Args(hidden_dim=16))
 
 
 def mixer_oracle(mixer, q, state):
@@ -97,7 +103,7 @@ def test_epsilon_greedy_equals_a_loop():
 def test_exploration_is_drawn_per_agent_and_game_and_is_greedy_without_a_generator():
     torch.manual_seed(0)
     games, epsilon = 40_000, 0.4
-    actor = qmix.Actor(OBS, N, A, 16)
+    actor = make_actor()
     obs = torch.randn(1, N, OBS).expand(games, N, OBS)  # so all games prefer the same actions
     avail_actions = torch.ones(games, N, A, dtype=torch.bool)
     avail_actions[..., 4] = False
@@ -120,7 +126,7 @@ def test_exploration_is_drawn_per_agent_and_game_and_is_greedy_without_a_generat
 def test_a_million_actions_are_all_legal():
     torch.manual_seed(0)
     generator, memory = torch.Generator().manual_seed(0), None
-    actor = qmix.Actor(OBS, N, A, 16)
+    actor = make_actor()
     avail_actions = torch.rand(1000, N, A) < 0.4
     avail_actions[..., 0] |= ~avail_actions.any(-1)
     obs = 30 * torch.randn(1000, N, OBS)
@@ -133,7 +139,7 @@ def test_a_million_actions_are_all_legal():
 def learner(lr=1e-3, same_targets=False, limit=9):
     """Arguments of `update` in float64: networks, optimiser and a batch of 7 episodes of various lengths."""
     torch.manual_seed(0)
-    actor, actor_target = (qmix.Actor(OBS, N, A, 16).double() for _ in range(2))
+    actor, actor_target = (make_actor().double() for _ in range(2))
     mixer, mixer_target = random_mixer(1), random_mixer(2)
     if same_targets:
         actor_target, mixer_target = copy.deepcopy(actor), copy.deepcopy(mixer)
@@ -157,11 +163,11 @@ def targets_oracle(parts):
         hidden, hidden_target, q_values, q_values_target = None, None, [], []
         for t in range(length + 1):
             last_actions = batch.actions[i, t - 1] if t else torch.full((N,), -1)
-            inputs = batch.obs[i, t].view(1, N, OBS), last_actions.view(1, N)
+            inputs = batch.obs[i, t].view(1, 1, N, OBS), last_actions.view(1, 1, N)
             q, hidden = actor(*inputs, hidden)
             q_target, hidden_target = actor_target(*inputs, hidden_target)
-            q_values.append(q[0].tolist())
-            q_values_target.append(q_target[0].tolist())
+            q_values.append(q[0, 0].tolist())
+            q_values_target.append(q_target[0, 0].tolist())
         for t in range(length):
             q_taken = [q_values[t][n][batch.actions[i, t, n]] for n in range(N)]
             q_tots.append(mixer_oracle(mixer, q_taken, batch.state[i, t]))

@@ -15,25 +15,29 @@ FAMILIES = {
 FILES = [name for family in FAMILIES.values() for name in family]
 TEXT = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
 # what any file has under these names is the same in all files
-EVERYWHERE = ["fail", "parse_args", "EVALUATION_SEED", "episode_metrics", "evaluate", "due", "save", "load"]
+EVERYWHERE = ["parse_args", "due", "log"]
 # names that stand for another thing in each file of a family; all other names that two files share are equal
 DIFFERENT = {
-    "EPISODE": {"Args", "PRESETS", "LIMITS", "update", "act"},
-    "STEP": {"Args", "PRESETS", "LIMITS", "update", "act", "td_targets", "Actor", "encode"},
+    "EPISODE": {"Args", "PRESETS", "LIMITS", "FIXED", "update", "act"},
+    "STEP": {"Args", "MPE", "PRESETS", "LIMITS", "FIXED", "update", "act", "td_targets", "encode"},
 }
-BANNERS = ["settings", "networks", "equations", "storage", "acting and evaluation", "saving", "update", "run"]
-BANNERS += ["networks and storage", "run folder", "loop", "close"]
+DIFFERENT["STEP"] |= {"Actor", "Actor.forward", "Critic"}
+BANNERS = "settings networks equations storage acting update logging run".split()
+BANNERS += ["networks and storage", "loop", "close"]
 # parts of main: from the first line that starts with this to the first that starts with that
 EVERYWHERE_IN_MAIN = [
-    ("if __name__", "    # ---- networks and storage ----"),
-    ("    if run := args.evaluate:", "        sys.exit()"),
-    ("    # ---- run folder ----", "    # ---- loop ----"),
-    ("    start_step, start_seconds", "        # act, step"),
-    ("        train_seconds += ", "END"),
+    ("    args = parse_args", "        options"),  # which kind of actions an algorithm plays
+    ("        env = make", "    # ---- networks and storage ----"),
+    ("    if args.resume:", "    global_step, "),
+    ("    losses, recent, stop", "    if global_step +"),
+    ("    writer = ", "        # act, step"),
+    ("        train_seconds += ", "            charts |= "),  # charts of schedules
+    ("            numbers = ", "        progress |= "),
+    ("        if due(args.save_every", "END"),
 ]
 FAMILY_IN_MAIN = {
-    "EPISODE": [("        # act, step", "        # update")],
-    "STEP": [("        ended = done", "            losses = ")],
+    "EPISODE": [("        # act, step", "        # update"), ("    progress = ", "        # act, step")],
+    "STEP": [("        ended = done", "            losses |= "), ("    progress = ", "        # act, step")],
 }
 
 
@@ -46,12 +50,15 @@ def part(name, start, end):
 
 
 def definitions(name):
-    """Name -> source of every function, class and constant of a file."""
+    """Name -> source of functions, classes, constants; of networks also methods, but for `__init__`."""
     text, found = TEXT[name], {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(x.lineno for x in node.decorator_list)]) - 1
             found[node.name] = "\n".join(text.splitlines()[first : node.end_lineno])
+            if isinstance(node, ast.ClassDef) and node.bases:
+                methods = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name != "__init__"]
+                found |= {f"{node.name}.{x.name}": ast.get_source_segment(text, x) for x in methods}
         elif isinstance(node, ast.Assign):
             found[node.targets[0].id] = ast.get_source_segment(text, node)
     return found
@@ -60,7 +67,7 @@ def definitions(name):
 def shared_settings(name):
     """Names, types and help of the settings that all files have; defaults are each file's own."""
     fields = part(name, "@dataclass", "    # Algorithm specific arguments")
-    return re.sub(r"^(    \w+: [^=]+) = .*$", r"\1", fields, flags=re.MULTILINE)
+    return re.sub(r"^(    \w+: [^=]+) = .*?(  # |$)", r"\1\2", fields, flags=re.MULTILINE)
 
 
 def pairs(names):
@@ -90,4 +97,4 @@ def test_a_family_shares_what_it_can(family, one, other):
 def test_every_file_has_the_same_order(name):
     assert re.findall(r"^ *# ---- (.+) ----$", TEXT[name], flags=re.MULTILINE) == BANNERS
     local = re.findall(r"^(?:from|import) (?:envs|benchmark|tests).*$", TEXT[name], flags=re.MULTILINE)
-    assert local == ["from envs import make"]
+    assert local == ["from envs import Stream, evaluate, machine, make"]

@@ -538,12 +538,16 @@ def into_reach(env):
     return env.step(idle(env))
 
 
+def tensors(step):
+    """All that a step returned, its info by key."""
+    *arrays, info = step
+    info = info | info["episode"]
+    return arrays + [info[key] for key in sorted(info.keys() - {"episode"})]
+
+
 def assert_same_step(many, one, games):
     """`many`, a step of many games, holds in `games` what `one`, a step of these alone, returned."""
-    *arrays, info = many
-    *alone, info_alone = one
-    arrays += [info[key] for key in sorted(info)]
-    alone += [info_alone[key] for key in sorted(info_alone)]
+    arrays, alone = tensors(many), tensors(one)
     for together, single in zip(arrays, alone, strict=True):
         assert torch.equal(together[games], single)
 
@@ -655,14 +659,11 @@ def test_a_step_takes_two_launches(name, monkeypatch):
 def test_what_a_step_returned_stays_as_it_was():
     env, generator = envs.make("3m", num_envs=3, device=DEVICE), torch.Generator().manual_seed(0)
 
-    def tensors(step):
-        obs, *others, info = step
-        return [obs, *others, *info.values(), env.state(), env.avail_actions()]
-
     returned = [env.reset()[0], env.state(), env.avail_actions()]
     copies = [tensor.clone() for tensor in returned]
     for step in range(70):  # the clock ends every battle in between
         now = tensors(env.step(random_actions(env, generator).to(DEVICE)))
+        now += [env.state(), env.avail_actions()]
         if step in (0, 1, 58, 59):
             returned += now
             copies += [tensor.clone() for tensor in now]

@@ -1,0 +1,50 @@
+"""Let the policy of a run play greedily, as evaluations in training do: a row of results, a GIF of one game.
+
+    python play.py runs/NAME
+    python play.py runs/NAME --video
+    python play.py runs/NAME --env cdm,n_agents=5
+
+The run's program is the file of that name beside this one. Another environment must have the same sizes.
+"""
+
+import importlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from envs import evaluate, machine, make
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[str]  # run folder
+    env: str | None = None  # environment id (None: the run's own)
+    episodes: int | None = None  # games, all in parallel (None: as many as in the run's evaluations)
+    video: bool = False  # save one game as play.gif in the run folder
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where everything lives; auto takes cuda if there is one
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    checkpoint = machine.read(args.run, "cpu")
+    if not Path(__file__).with_name(f"{checkpoint['program']}.py").exists():
+        machine.fail(f"{args.run} is a run of {checkpoint['program']}.py, which is not beside play.py")
+    program = importlib.import_module(checkpoint["program"])
+    settings = program.Args(**machine.settings_of(args.run, program.__name__, program.Args.__annotations__))
+    env_id, episodes = args.env or settings.env, args.episodes or settings.eval_episodes
+    try:
+        env = make(env_id, episodes, args.device, render=args.video, validate=False)
+    except (RuntimeError, ValueError) as error:
+        machine.fail(error)
+    own, trained = env.sizes, checkpoint["env"]["sizes"]
+    if own | {"state_dim": None} != trained | {"state_dim": None}:  # the state is for training alone
+        machine.fail(f"{env_id} has the sizes {own}, the run {trained}")
+    actor = program.Actor(env, settings).to(env.device)
+    actor.load_state_dict(checkpoint["actor"])
+    video = Path(args.run, "play.gif") if args.video else None
+    results = evaluate(env, partial(program.act, actor), video)
+    print("run | step |", " | ".join(results))
+    print(args.run, "|", checkpoint["global_step"], "|", " | ".join(f"{x:.3f}" for x in results.values()))

@@ -1,0 +1,199 @@
+"""What runs need of the machine: folders, locks, files, memory, signals, outputs; evaluations that end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from programs import LOW, Aim, Toy, same
+
+from envs import Stream, evaluate, machine, make
+from envs.base import NO_LIMIT
+from envs.evaluation import STEPS
+
+SETTINGS = {"env": "aim", "exp_name": "x", "seed": 1, "resume": None}
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000.5)
+    folders = [machine.open_folder(SETTINGS | {"run_dir": str(tmp_path)}) for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"aim__x__1__1000{end}" for end in ("", "_1", "_2")]
+    assert all((folder / "args.json").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("env", ["3m ", "pettingzoo:mpe2.simple_v3,layout='a/b'", "cdm,n_agents=5", "../UP"])
+def test_names_of_folders_are_valid_everywhere(tmp_path, env):
+    folder = machine.open_folder(SETTINGS | {"run_dir": str(tmp_path), "env": env})
+    assert folder.parent == tmp_path and re.fullmatch(r"[\w.-]+", folder.name)
+    assert not re.search(r"-_|\.\.", folder.name)
+
+
+def test_an_empty_run_dir_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (tmp_path / machine.open_folder(SETTINGS | {"run_dir": ""})).is_dir()
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    folder = machine.open_folder(SETTINGS | {"run_dir": str(tmp_path)})
+    other = f"from envs import machine; machine.open_folder({SETTINGS | {'resume': str(folder)}!r})"
+    process = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
+    assert process.returncode == 1 and f"another process is writing to {folder}" in process.stderr
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, error):
+    machine.save(tmp_path, {}, {}, {"global_step": 7})
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def fail(checkpoint, path):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(SystemExit, match=rf"cannot save: .*; {tmp_path}/model.pt is of step 7"):
+        machine.save(tmp_path, {}, {}, {"global_step": 8})
+    assert (tmp_path / "model.pt").read_bytes() == before and not (tmp_path / "model.pt.tmp").exists()
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("", (), {"free": 0}))
+    with pytest.raises(SystemExit, match="cannot save: no space left"):
+        machine.save(tmp_path, {}, {}, {"global_step": 8})
+
+
+def test_free_memory_is_less_than_what_the_machine_has():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < machine._free_memory() <= total
+    machine.require_memory(2**20, torch.device("cpu"), "")
+    with pytest.raises(SystemExit, match=r"this needs 1048576.0 GiB of memory on cpu, where .*; buy some"):
+        machine.require_memory(2**50, torch.device("cpu"), "buy some")
+
+
+def test_signals_are_caught_once_and_hangups_stay_ignored_under_nohup():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = machine.catch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop == [130] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_closed_output_ends_nothing(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        for _ in range(3):
+            machine.say("x" * 100_000)
+        monkeypatch.undo()
+
+
+def test_streams_are_saved_and_a_state_of_another_device_is_left_alone():
+    stream, other = (Stream("cpu").manual_seed(seed) for seed in (3, 4))
+    state = stream.state_dict()
+    drawn = torch.rand(3, generator=stream)
+    other.load_state_dict({"state": torch.zeros(16, dtype=torch.uint8)})
+    assert torch.equal(torch.rand(3, generator=other), torch.rand(3, generator=Stream("cpu").manual_seed(4)))
+    other.load_state_dict(state)
+    assert torch.equal(torch.rand(3, generator=other), drawn)
+
+
+# ---- evaluations ----
+def never(env):
+    """The games of an environment, without an end."""
+    env.episode_limit, env.pass_time = NO_LIMIT, lambda reward, chance: (reward, torch.zeros(2).bool())
+    return env
+
+
+def test_an_evaluation_of_endless_games_ends():
+    results = evaluate(
+        never(Aim(2, "cpu", 0)), lambda obs, avail_actions, memory: (LOW.expand(2, 3, 2), memory)
+    )
+    assert results["episodic_length"] == STEPS
+
+
+def test_an_evaluation_stops_when_told_to():
+    stop = []
+
+    def policy(obs, avail_actions, memory):
+        if memory == 5:
+            stop.append(130)
+        return torch.ones(2, 3, dtype=torch.int64), (memory or 0) + 1
+
+    assert evaluate(never(Toy(2, "cpu", 0)), policy, None, stop) == {}
+
+
+def test_an_evaluation_counts_the_first_episode_of_each_game():
+    env = Toy(64, "cpu", 0)
+    results = evaluate(env, lambda obs, avail_actions, memory: (torch.ones(64, 3, dtype=torch.int64), memory))
+    again = evaluate(env, lambda obs, avail_actions, memory: (torch.ones(64, 3, dtype=torch.int64), memory))
+    env.reset(seed=1_000_000, options={"evaluation": True})
+    running, total, length = torch.ones(64, dtype=torch.bool), torch.zeros(64), torch.zeros(64)
+    while running.any():
+        _, reward, terminated, truncated, _ = env.step(torch.ones(64, 3, dtype=torch.int64))
+        total, length = total + reward * running, length + running
+        running = running & ~(terminated | truncated)
+    expected = {"episodic_return": total.mean().item(), "episodic_length": length.mean().item()}
+    assert results == again and {name: results[name] for name in expected} == pytest.approx(expected)
+    assert 0 < results["win_rate"] < 1
+
+
+# ---- environments ----
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "quadratic",
+        "spread",
+        "aggregation",
+        "mill,discrete=True",
+        "cdm,guided_share=0.5,guided_steps=80",
+        "3m",
+    ],
+)
+def test_games_go_on_where_others_were(env_id, tmp_path):
+    def draw():
+        if env.n_actions:
+            return env.avail_actions().float().flatten(0, 1).multinomial(1).view(4, -1)
+        return torch.rand(4, *env.single_action_space.shape) * 2 - 1
+
+    torch.manual_seed(0)
+    env, other = (make(env_id, 4, seed=seed) for seed in (3, 4))
+    env.reset(), other.reset()
+    for _ in range(13):
+        env.step(draw())
+    torch.save(env.state_dict(), tmp_path / "games.pt")
+    other.load_state_dict(torch.load(tmp_path / "games.pt", weights_only=True))
+    assert torch.equal(env.obs(), other.obs())
+    for _ in range(40):
+        actions = draw()
+        one, two = env.step(actions), other.step(actions)
+        assert all(map(torch.equal, one[:4], two[:4])) and torch.equal(env.state(), other.state())
+        assert same(one[4], two[4])
+
+
+def test_games_of_other_sizes_are_no_place_to_go_on_from():
+    state = make("cdm,n_agents=5").state_dict()
+    with pytest.raises(ValueError, match=r"sizes are \{'n_agents': 10, .* those of the run \{'n_agents': 5"):
+        make("cdm").load_state_dict(state)
+
+
+def test_make_refuses_what_the_caller_cannot_play():
+    for env_id, other in (("quadratic", "discrete"), ("cdm", "continuous")):
+        make(env_id, actions={"discrete": "continuous", "continuous": "discrete"}[other])
+        with pytest.raises(ValueError, match=rf"{env_id} has \w+ actions; this algorithm needs {other} ones"):
+            make(env_id, actions=other)
+
+
+def test_a_game_that_breaks_in_an_evaluation_ends_the_run_as_in_a_step():
+    def policy(*_):
+        raise RuntimeError("game 1, step 7: it broke")
+
+    env, stop = make("cdm", num_envs=2), []
+    assert evaluate(env, policy, stop=stop) == {} and str(stop[0]) == "game 1, step 7: it broke"
+    with pytest.raises(RuntimeError, match="it broke"):  # where nobody would look into a list
+        evaluate(env, policy)
