@@ -57,6 +57,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
         self._episode_return = torch.zeros(num_envs, device=self.device)  # (B,)
         self._episode_length = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # (B,)
         self._obs = self._state = self._avail_actions = None
+        self._whole = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # (B,), of no game broken
 
     def reset(self, *, seed=None, options=None):
         """Start every game anew. `seed` restarts the random stream. Returns obs (B, N, O) and {}."""
@@ -77,13 +78,17 @@ class VecEnv(gymnasium.vector.VectorEnv):
         hold what this step led to in every game, before any restart. `episode_return` and
         `episode_length` (B,) of info count the running episode up to and including this step.
         Where an environment executes other actions than asked for, `info["actions"]` holds them.
+        `info["broken"]` (B,) marks steps that a game did not survive, which can only happen where a game is a
+        program of its own: truncated, reward 0, made up, so nothing to learn from and no episode to count.
         Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
         """
         if self._obs is None:
             raise RuntimeError("call env.reset() before the first env.step()")
         if self.validate:
             self._check(actions)
-        return self._step(actions)
+        result = self._step(actions)
+        result[-1].setdefault("broken", self._whole)
+        return result
 
     def _step(self, actions):
         reward, terminated, info = self._advance(actions)
