@@ -1,8 +1,7 @@
-"""Worker process of envs/smac_sc2.py: one client of StarCraft II, through its own protocol.
+"""Worker process of envs/smac_sc2.py: one client of StarCraft II, through the game's own protocol.
 
-Learner and worker talk over a socket: a recipe, then one command after the other, an answer to each. Imports
-nothing of this repository, and neither torch nor numpy, so that it stays small. Everything that is sent to the
-game and read from it follows smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33; the methods are named.
+It gets a recipe and then orders from the learner, and answers each. It imports neither torch nor numpy, to
+stay small. What it sends and reads follows smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33.
 """
 
 import contextlib
@@ -19,6 +18,10 @@ import traceback
 from array import array
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+
+from s2clientprotocol import sc2api_pb2 as messages
+from websocket import WebSocketException, create_connection
 
 LOOPS_PER_STEP = 8  # step_mul
 MOVES = {2: (0, 2), 3: (0, -2), 4: (2, 0), 5: (-2, 0)}  # north, south, east, west; move_amount
@@ -26,198 +29,140 @@ FIRST_TARGET = 6
 STOP, MOVE, ATTACK, HEAL = 4, 16, 23, 386  # ability ids
 AGENTS, ENEMIES = 1, 2  # owners
 LAST_LOOP = 2**19  # where StarCraft II ends a game by itself (pysc2/env/sc2_env.py)
-PATIENCE = 200  # single loops to wait for the units of a new battle
+PATIENCE = 200  # loops to wait for the units of a new battle
 RACES = {"T": 1, "Z": 2, "P": 3}
-LIBC = ctypes.CDLL(None)  # nothing may be loaded between fork and exec
+LIBC = ctypes.CDLL(None)  # loaded here, as nothing may be between fork and exec
 
 
 class Broken(Exception):
     """What the client did instead of playing."""
 
 
-class Client:
-    """A program of the game, in a process of its own, and the websocket that it listens to."""
+class Game:
+    """The battles of a map, in one client after the other. `end`: when the order in progress must be done."""
 
-    def __init__(self, command, environ, folder, timeout):
-        from websocket import WebSocketException, create_connection
-
-        with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
-            port = server.getsockname()[1]
-        words = ["-listen", "127.0.0.1", "-port", str(port), "-tempDir", os.path.join(folder, "")]
-        self.process = subprocess.Popen(
-            [*command, *words], env=os.environ | environ, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
-        )
-        self.end, self.socket, self.loop = time.monotonic() + timeout, None, 0
-        while self.socket is None:
-            options = dict(timeout=self.time_left(), http_no_proxy=["127.0.0.1"])
-            with contextlib.suppress(ConnectionError, WebSocketException):  # it does not listen yet
-                self.socket = create_connection(f"ws://127.0.0.1:{port}/sc2api", **options)
-            if self.socket is None:
-                if self.process.poll() is not None:
-                    raise Broken(f"StarCraft II ended at its start (exit code {self.process.returncode})")
-                time.sleep(0.05)
-
-    def time_left(self):
-        """Seconds until `end`, by when the command in progress must be done."""
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
+    def __init__(self, recipe):
+        self.recipe, self.program, self.clients, self.end = SimpleNamespace(**recipe), None, 0, 0.0
 
     def ask(self, **request):
-        """The answer to a request, `ask(step={"count": 8})`."""
-        from s2clientprotocol import sc2api_pb2 as messages
-
+        """The game's answer to a request, as in `ask(step={"count": 8})`."""
         (name,) = request
-        self.socket.settimeout(self.time_left())
+        self.socket.settimeout(max(0.001, self.end - time.monotonic()))
         self.socket.send_binary(messages.Request(**request).SerializeToString())
         response = messages.Response.FromString(self.socket.recv())
-        answer = getattr(response, name)
-        trouble = list(response.error)
+        answer, trouble = getattr(response, name), list(response.error)
         if name in ("create_game", "join_game") and answer.HasField("error"):
-            trouble += [f"{type(answer).Error.Name(answer.error)} {answer.error_details}".strip()]
+            trouble += [type(answer).Error.Name(answer.error), answer.error_details]
         if trouble:
-            raise Broken(f"StarCraft II answers {name} with an error: {' '.join(trouble)}")
+            raise Broken(f"StarCraft II answers {name} with an error: {' '.join(trouble).strip()}")
         if name == "step" and response.status != messages.in_game:
             raise Broken("StarCraft II ended the game")
         return answer
 
-    def leave(self):
-        """End the program, which gets a moment for it."""
-        self.end = time.monotonic() + 3
-        with contextlib.suppress(Exception):
-            self.ask(quit={})
-        if self.socket:
-            self.socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(3)
-        self.process.kill()
-        self.process.wait()
-
-
-class Battles:
-    """The battles of one game: commands of the learner -> what the units are afterwards."""
-
-    def __init__(self, command, environ, folder, timeout, game, n_agents, n_enemies, limit, replays, medics):
-        self.command, self.environ, self.folder, self.timeout = command, environ, folder, timeout
-        self.game, self.n_agents, self.n_enemies = game, n_agents, n_enemies
-        self.longest = (limit + PATIENCE) * LOOPS_PER_STEP  # loops that an episode may take
-        self.replays, self.medics = replays, medics
-        self.client, self.launches = None, 0
-        self.units = []  # those of the game's latest observation
-        self.tags, self.rows = [], []  # of the units of the battle, and what they showed last
-
     def launch(self):
-        """_launch: a new client and a game in it; each has a seed of its own."""
-        game = dict(self.game)
-        races, difficulty = game.pop("races"), game.pop("difficulty")
-        game["random_seed"] = (game["random_seed"] + 1_000_003 * self.launches) % 2**31
-        self.launches += 1
-        self.client = Client(self.command, self.environ, self.folder, self.timeout)
-        agents, enemies = (RACES[race] for race in races)
-        players = [
-            {"type": 1},
-            {"type": 2, "race": enemies, "difficulty": difficulty},
-        ]  # participant, computer
-        self.client.end = time.monotonic() + self.timeout
-        self.client.ask(create_game=game | {"realtime": False, "player_setup": players})
-        self.client.ask(join_game={"race": agents, "options": {"raw": True, "score": False}})
+        """_launch: a client and a game in it. Each has a seed of its own."""
+        with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
+            port = server.getsockname()[1]
+        words = ["-listen", "127.0.0.1", "-port", str(port), "-tempDir", f"{self.recipe.folder}/"]
+        options = dict(env=os.environ | self.recipe.environ, stdin=subprocess.DEVNULL, preexec_fn=follow)
+        self.program, self.socket = subprocess.Popen([*self.recipe.command, *words], **options), None
+        while self.socket is None:
+            if self.program.poll() is not None:
+                raise Broken(f"StarCraft II ended at once (exit code {self.program.poll()})")
+            if time.monotonic() > self.end:
+                raise TimeoutError
+            with contextlib.suppress(ConnectionError, WebSocketException):  # it does not listen yet
+                address, options = f"ws://127.0.0.1:{port}/sc2api", dict(http_no_proxy=["127.0.0.1"])
+                self.socket = create_connection(address, timeout=self.end - time.monotonic(), **options)
+            time.sleep(0.05)
+        game, seed = self.recipe.game, (self.recipe.seed + 1_000_003 * self.clients) % 2**31
+        agents, enemies = (RACES[race] for race in self.recipe.races)
+        players = [{"type": 1}, {"type": 2, "race": enemies, "difficulty": self.recipe.difficulty}]
+        self.ask(create_game={"local_map": game, "random_seed": seed, "player_setup": players})
+        self.ask(join_game={"race": agents, "options": {"raw": True, "score": False}})
+        self.clients += 1
 
     def observe(self):
-        observation = self.client.ask(observation={}).observation
-        self.client.loop, self.units = observation.game_loop, observation.raw_data.units
+        observation = self.ask(observation={}).observation
+        self.loop, self.units = observation.game_loop, observation.raw_data.units
 
     def step(self, actions):
-        """Play actions (N,) for 8 loops -> the units. step, update_units."""
-        self.client.end = time.monotonic() + self.timeout
+        """Play actions (N,) for 8 loops. step, update_units."""
         orders = [self.order(i, action) for i, action in enumerate(actions) if action]
-        orders = [{"action_raw": {"unit_command": order}} for order in orders]
-        self.client.ask(action={"actions": orders})
-        self.client.ask(step={"count": LOOPS_PER_STEP})
+        self.ask(action={"actions": [{"action_raw": {"unit_command": order}} for order in orders]})
+        self.ask(step={"count": LOOPS_PER_STEP})
         self.observe()
         seen = {unit.tag: unit for unit in self.units}
         for i, tag in enumerate(self.tags):
             if tag in seen:
-                self.rows[i] = self.row(seen[tag])
+                self.rows[i] = row(seen[tag])
             else:  # dead: the rest stays as it was
                 self.rows[i][2] = 0.0
         return self.table()
 
     def order(self, i, action):
         """What agent i is told. get_agent_action."""
-        order = {"unit_tags": [self.tags[i]], "queue_command": False}
-        if action < FIRST_TARGET:
-            if action not in MOVES:
-                return order | {"ability_id": STOP}
-            (x, y), (east, north) = self.rows[i][:2], MOVES[action]
-            return order | {"ability_id": MOVE, "target_world_space_pos": {"x": x + east, "y": y + north}}
-        heals, target = self.medics[i], action - FIRST_TARGET
-        tag = self.tags[target if heals else self.n_agents + target]
-        return order | {"ability_id": HEAL if heals else ATTACK, "target_unit_tag": tag}
+        order, target = {"unit_tags": [self.tags[i]]}, action - FIRST_TARGET
+        if target >= 0:
+            heals = self.recipe.medics[i]
+            tag = self.tags[target if heals else self.recipe.n_agents + target]
+            return order | {"ability_id": HEAL if heals else ATTACK, "target_unit_tag": tag}
+        if action not in MOVES:
+            return order | {"ability_id": STOP}
+        place = {"x": self.rows[i][0] + MOVES[action][0], "y": self.rows[i][1] + MOVES[action][1]}
+        return order | {"ability_id": MOVE, "target_world_space_pos": place}
 
     def reset(self):
-        """A new battle -> its enemies' types and their units' life at most, and the units. reset, init_units."""
-        if self.client and self.client.loop + self.longest > LAST_LOOP:
+        """A new battle -> its enemies' types, its units' most life, and the units. reset, init_units."""
+        killed, recipe = set(), self.recipe
+        if self.program and self.loop + (recipe.limit + PATIENCE) * LOOPS_PER_STEP > LAST_LOOP:
             self.close()
-        killed = set()
-        if self.client is None:
+        if self.program is None:
+            self.end += recipe.start
             self.launch()
-        else:  # all that is there, also a battle that has followed a tie by itself
-            self.client.end = time.monotonic() + self.timeout
+        else:  # all that is there, also a battle that followed a tie by itself
             killed = {unit.tag for unit in self.units if unit.owner in (AGENTS, ENEMIES)}
-            self.client.ask(debug={"debug": [{"kill_unit": {"tag": killed}}]})
-            self.client.ask(step={"count": 2})
+            self.ask(debug={"debug": [{"kill_unit": {"tag": killed}}]})
+            self.ask(step={"count": 2})
         for _ in range(PATIENCE):
             self.observe()
             new = [unit for unit in self.units if unit.tag not in killed]
             agents, enemies = ([unit for unit in new if unit.owner == side] for side in (AGENTS, ENEMIES))
-            if (len(agents), len(enemies)) == (self.n_agents, self.n_enemies):
+            if (len(agents), len(enemies)) == (recipe.n_agents, recipe.n_enemies):
                 break
-            self.client.ask(step={"count": 1})
+            self.ask(step={"count": 1})
         else:
-            found = f"{len(agents)} agents and {len(enemies)} enemies"
-            raise Broken(f"no new battle in StarCraft II, but {found} after {PATIENCE} loops")
+            raise Broken(
+                f"StarCraft II shows {len(agents)} agents and {len(enemies)} enemies for a new battle"
+            )
         # agents by type and place, enemies as the game shows them
-        agents.sort(key=lambda unit: (unit.unit_type, unit.pos.x, unit.pos.y))
-        units = agents + enemies
-        self.tags, self.rows = [unit.tag for unit in units], [self.row(unit) for unit in units]
+        units = sorted(agents, key=lambda unit: (unit.unit_type, unit.pos.x, unit.pos.y)) + enemies
+        self.tags, self.rows = [unit.tag for unit in units], [row(unit) for unit in units]
         return [unit.unit_type for unit in enemies], [unit.health_max for unit in units], self.table()
-
-    def row(self, unit):
-        """In the order of FIELDS of envs/smac_sc2.py."""
-        place, charge = unit.pos, (unit.energy, unit.weapon_cooldown)
-        return [place.x, place.y, unit.health, unit.shield, *charge]
 
     def table(self):
         return array("f", [value for row in self.rows for value in row]).tobytes()
 
     def close(self):
-        """Save the replay, if one is asked for, and end the client."""
-        client, self.client = self.client, None
-        if client and self.replays:
-            folder, prefix = self.replays
-            with contextlib.suppress(Exception):  # of a client that is gone
-                client.end = time.monotonic() + 10
-                data = client.ask(save_replay={}).data
-                save(Path(folder), prefix, data)
-        if client:
-            client.leave()
+        """End the client; before that save its replay, if one is wanted."""
+        self.end = time.monotonic() + 10
+        with contextlib.suppress(Exception):  # of a client that is gone
+            if self.recipe.replays:
+                data = self.ask(save_replay={}).data
+                Path(f"{self.recipe.replays}_{time.time_ns()}.SC2Replay").write_bytes(data)
+        if self.program:
+            self.program.kill()
+            self.program.wait()
+        self.program = None
 
 
-def save(folder, prefix, data):
-    """Write a replay under the first free number: no game overwrites another's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(10**6):
-        with (
-            contextlib.suppress(FileExistsError),
-            open(folder / f"{prefix}_{number}.SC2Replay", "xb") as file,
-        ):
-            file.write(data)
-            return
+def row(unit):
+    """In the order of FIELDS of envs/smac_sc2.py."""
+    return [unit.pos.x, unit.pos.y, unit.health, unit.shield, unit.energy, unit.weapon_cooldown]
 
 
-def die_with_parent():
-    """The game ends with the worker, even with one that is killed."""
+def follow():
+    """The game ends with its worker, even with one that is killed."""
     if sys.platform == "linux":
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -232,30 +177,33 @@ def watch(learner, folder):
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: None)  # for the learner, which saves; the game's is the default
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # is for the learner, which saves; the game's is the default
     learner = Connection(int(sys.argv[1]))
-    recipe = learner.recv()
-    threading.Thread(target=watch, args=(recipe.pop("learner"), recipe["folder"]), daemon=True).start()
-    battles = Battles(**recipe)
-    try:
+    game = Game(learner.recv())
+    threading.Thread(target=watch, args=(game.recipe.learner, game.recipe.folder), daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the learner is gone
         while order := learner.recv():
-            learner.send(getattr(battles, order[0])(*order[1:]))
-    except EOFError:  # the learner is gone
-        battles.close()
-    except Exception as error:
-        traceback.print_exc()  # into the log
-        code = battles.client and battles.client.process.poll()
-        sentence = str(error) if isinstance(error, Broken) else f"{type(error).__name__} {error}"
-        if "timeout" in type(error).__name__.lower():
-            sentence = f"StarCraft II has not answered for {recipe['timeout']} s"
-        elif code is not None and not isinstance(error, Broken):
-            sentence = f"StarCraft II ended (exit code {code})"
-        if battles.client:
-            battles.client.process.kill()
-        with contextlib.suppress(OSError):
-            learner.send(RuntimeError(sentence))
-    else:
-        battles.close()
+            game.end = time.monotonic() + game.recipe.timeout
+            try:
+                answer = getattr(game, order[0])(*order[1:])
+            except Exception as error:
+                answer = RuntimeError(reason_of(error, game.recipe.timeout))
+            learner.send(answer)
+    game.close()
+    shutil.rmtree(game.recipe.folder, ignore_errors=True)
+
+
+def reason_of(error, timeout):
+    """Why a client does not play on, in a few words."""
+    if "timeout" in type(error).__name__.lower():
+        return f"StarCraft II has not answered for {timeout} s"
+    if isinstance(error, (OSError, WebSocketException)):
+        return "StarCraft II hung up"
+    if not isinstance(error, Broken):
+        traceback.print_exc()  # into the log: a mistake of ours
+    return str(error)
 
 
 if __name__ == "__main__":

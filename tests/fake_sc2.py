@@ -2,12 +2,13 @@
 
     python tests/fake_sc2.py -listen 127.0.0.1 -port 5000 -dataDir X -tempDir Y      # as the game is started
 
-Trouble comes from the environment. Counted in step requests of one process: FAKE_SC2_CRASH=n leaves, FAKE_SC2_HANG=n
-never answers again, FAKE_SC2_END=n ends the game as StarCraft II does after 2^19 loops, FAKE_SC2_ERROR=n answers
-with an error, FAKE_SC2_TIE=n kills everybody. FAKE_SC2_ONCE=path: only in the first process that can create this
-file. FAKE_SC2_LAUNCH=1 leaves before it listens. FAKE_SC2_LOOP=n begins at this loop. FAKE_SC2_LATE=n shows the last
-units of a battle n loops late. FAKE_SC2_REVERSED=1 shows units from the last to the first. FAKE_SC2_LIFE=x: the first
-enemy has that much more life at most. FAKE_SC2_LOG=path gets a line with pid, port and seed for each game.
+Trouble comes from the environment. Counted in step requests of one process: FAKE_SC2_CRASH=n leaves,
+FAKE_SC2_HANG=n never answers again, FAKE_SC2_END=n ends the game as StarCraft II does after 2^19 loops,
+FAKE_SC2_ERROR=n answers with an error, FAKE_SC2_TIE=n kills everybody; FAKE_SC2_ONCE=path: all these only
+in the first process that can create this file. FAKE_SC2_LAUNCH=1 leaves before it listens, FAKE_SC2_LOOP=n
+begins at this loop, FAKE_SC2_LATE=n shows the last units of a battle n loops late, FAKE_SC2_REVERSED=1 shows
+units from the last to the first, FAKE_SC2_LIFE=x: the first enemy has that much more life at most.
+FAKE_SC2_LOG=path gets a line for each game: process id, port, seed, difficulty and race of the computer.
 """
 
 import base64
