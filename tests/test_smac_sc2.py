@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from programs import EPISODE, checkpoint
 
 import envs
+from benchmark import fidelity
 from envs import make
 
 pytest.importorskip("websocket", reason="pip install -r requirements-sc2.txt")
@@ -483,7 +485,7 @@ def test_embedded_environments_load_nothing_of_it():
     assert result.stdout == "[]\n", result.stderr
 
 
-# ---- training ----
+# ---- training and transfer ----
 RUN = "--num-envs 2 --total-timesteps 300 --eval-every 150 --eval-episodes 2".split()
 
 
@@ -506,3 +508,48 @@ def test_a_run_survives_a_crash_and_is_saved_before_it_gives_up(run, program, ga
     gc.collect()
     assert "StarCraft II hung up, 3 times in a row" in code and "saved" in code
     assert checkpoint(folder)["global_step"] > 0
+
+
+@pytest.mark.parametrize("name", ["3m", "2s3z", "MMM2", "2s_vs_1sc", "6h_vs_8z", "bane_vs_bane", "1c3s5z"])
+def test_lives_are_read_from_the_state(name):
+    env, lives = make(name, num_envs=3, seed=1), fidelity.Lives(name)
+    env.reset()
+    for _ in range(25):
+        env.step(fight(env.avail_actions(), torch.Generator().manual_seed(2)))
+    life = (env.units.hp + env.units.shield) * (env.units.hp > 0)  # (B, U)
+    for side, units in enumerate([range(env.n_agents), range(env.n_agents, env.sim.n_units)]):
+        shown = lives.read(env.state())[side]
+        for column, kind in enumerate(lives.names[side]):
+            index = [i for i in units if env.sim.types[i] == kind]
+            torch.testing.assert_close(shown[..., column].sum(1), life[:, index].sum(1), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("program", EPISODE[:1])
+def test_the_transfer_sheet_tells_equal_from_different(run, game, tmp_path, capsys):
+    code, _, folder = run("--total-timesteps", 40, "--eval-every", 0, env="3m")
+    assert code == 0
+    words = ["--env", "3m", "--games", "2", "--rounds", "2", "--out", str(tmp_path / "sheet")]
+    fidelity.main([*words, "--teams", "random", "nearest", "--runs", str(folder)])
+    sheet = json.loads((tmp_path / "sheet.json").read_text())
+    assert sheet["verdict"].startswith("equal: none of 21 measures differs")
+    assert all(x["embedded"] == pytest.approx(x["sc2"], rel=1e-5) for x in sheet["results"])
+    assert {x["team"] for x in sheet["results"]} == {"random", "nearest", str(folder)}
+    values = {x["measure"]: x["sc2"] for x in sheet["results"] if x["team"] == "nearest"}
+    assert values["length"] > 5 and 45 <= values["damage to enemy marines"] <= 3 * 45 + 1
+    assert 1 <= values["hits on enemy marines"] <= 3 * values["length"]
+    game(LIFE=55)
+    fidelity.main([*words, "--teams", "nearest"])
+    assert "| nearest | return |" in capsys.readouterr().out
+    sheet = json.loads((tmp_path / "sheet.json").read_text())
+    assert "measures differ by more than 3" in sheet["verdict"]
+    (off,) = [x["standard_errors"] for x in sheet["results"] if x["measure"] == "return"]
+    assert off < -3
+
+
+def test_broken_episodes_do_not_count(game, tmp_path):
+    game(CRASH=5, ONCE=tmp_path / "once")
+    real = make("sc2:3m", num_envs=2, seed=1)
+    episodes = fidelity.play(real, fidelity.scripted("stop", "3m", 1), 1)
+    real.close()
+    assert {len(values) for values in episodes.values()} == {1}
+    assert episodes["length"][0] > 5
