@@ -46,10 +46,10 @@ class Sc2(Smac):
     """B battles of one SMAC map, each in a client of StarCraft II. `info` adds `broken` (B,) to that of Smac.
 
     Clients start at the first reset, that of game g with the seed `seed_of_game` (None: `seed`) + g; later
-    episodes go on from there, whatever seed a later reset is given. `timeout` seconds are the most for a
-    step and for a new battle. `save_replay`, an absolute folder, gets a replay of all
-    episodes of a client when it is closed. Raises ValueError where something is missing or a name is wrong,
-    RuntimeError where a game breaks over and over; both close all clients.
+    episodes go on from there, whatever seed a later reset is given. `timeout` seconds are the most for a step
+    or a new battle. `save_replay`, an absolute folder, gets a replay of all episodes of a client when that is
+    closed. Raises ValueError where something is missing or a name is wrong, RuntimeError where a game breaks
+    over and over; both close all clients.
     """
 
     external = True
@@ -67,7 +67,7 @@ class Sc2(Smac):
         if save_replay is not None and not os.path.isabs(str(save_replay)):
             raise ValueError(f"save_replay must be an absolute folder, got {save_replay!r}")
         command, environ, map_file = find_game(map_name)
-        if save_replay is not None:
+        if save_replay:
             os.makedirs(save_replay, exist_ok=True)
         games, free = num_envs + sum(env.num_envs for env in self._waiting), free_memory()
         if games * 2**30 > free:
@@ -85,14 +85,11 @@ class Sc2(Smac):
             difficulty=DIFFICULTIES.index(str(difficulty).upper()) + 1, medics=self._medics.tolist(),
             n_agents=self.n_agents, n_enemies=self.n_enemies, replays=save_replay,
         )  # fmt: skip
-        self._base, self._casts = (
-            self.sim,
-            [None] * num_envs,
-        )  # for which enemies and lives a game's constants were made
-        # (B, U), where the kernels read the units, or beside the GPU what is copied there
-        self._memory = self._games.units.cpu()
-        self._rows = self._memory.numpy().view(UNIT)[..., 0]
-        self._workers, self._starts, self._failures = ([x] * num_envs for x in (None, 0, 0))
+        self._memory = self._games.units.cpu()  # the same memory, or what is copied to the GPU
+        self._rows = self._memory.numpy().view(UNIT)[..., 0]  # (B, U)
+        self._base = self.sim  # the map's constants; _casts: for which enemies and lives a game has its own
+        self._casts, self._workers = [None] * num_envs, [None] * num_envs
+        self._starts, self._failures = [0] * num_envs, [0] * num_envs
         self._finalizer = weakref.finalize(self, release, self._workers)  # at exit too
 
     def _parts(self):
@@ -186,9 +183,7 @@ class Sc2(Smac):
                 self._failures[game] += 1
                 if self._failures[game] == ATTEMPTS:
                     self.close()
-                    raise RuntimeError(
-                        f"{problem}, {ATTEMPTS} times in a row; its log ends: {log or 'nothing'}"
-                    )
+                    raise RuntimeError(f"{problem}, {ATTEMPTS} times in a row; its log ends: {log or '-'}")
                 print(f"{problem}; it starts anew", file=sys.stderr, flush=True)
         return answers
 

@@ -49,7 +49,9 @@ class Game:
         (name,) = request
         self.socket.settimeout(max(0.001, self.end - time.monotonic()))
         self.socket.send_binary(messages.Request(**request).SerializeToString())
-        response = messages.Response.FromString(self.socket.recv())
+        if not (data := self.socket.recv()):
+            raise ConnectionError  # the game has closed it
+        response = messages.Response.FromString(data)
         answer, trouble = getattr(response, name), list(response.error)
         if name in ("create_game", "join_game") and answer.HasField("error"):
             trouble += [type(answer).Error.Name(answer.error), answer.error_details]
@@ -132,9 +134,7 @@ class Game:
                 break
             self.ask(step={"count": 1})
         else:
-            raise Broken(
-                f"StarCraft II shows {len(agents)} agents and {len(enemies)} enemies for a new battle"
-            )
+            raise Broken(f"StarCraft II begins a battle of {len(agents)} agents and {len(enemies)} enemies")
         # agents by type and place, enemies as the game shows them
         units = sorted(agents, key=lambda unit: (unit.unit_type, unit.pos.x, unit.pos.y)) + enemies
         self.tags, self.rows = [unit.tag for unit in units], [row(unit) for unit in units]
@@ -177,9 +177,7 @@ def watch(learner, folder):
 
 
 def main():
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # is for the learner, which saves; the game's is the default
+    signal.signal(signal.SIGTERM, lambda *_: None)  # is for the learner; by default again in the game
     learner = Connection(int(sys.argv[1]))
     game = Game(learner.recv())
     threading.Thread(target=watch, args=(game.recipe.learner, game.recipe.folder), daemon=True).start()

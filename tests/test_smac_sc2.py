@@ -232,7 +232,7 @@ def test_units_may_come_late_but_must_come(build, game):
     assert len(play_beside(real, ours, torch.Generator().manual_seed(1), episodes=2)) == 2
     game(LATE=10**6)
     real = build("sc2:3m", seed=5)
-    with pytest.raises(RuntimeError, match="shows 3 agents and 0 enemies for a new battle, 3 times in a row"):
+    with pytest.raises(RuntimeError, match="a battle of 3 agents and 0 enemies, 3 times in a row"):
         real.reset()
 
 
