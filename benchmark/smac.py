@@ -17,10 +17,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINE, RESULTS, last_fifth, markdown_table, median_worst, source
+from benchmark.common import RESULTS, last_fifth, markdown_table, median_worst, source
 
 # map -> file of DOP; the other methods' files are <method>_<map>
-MAPS = {"3m": "dop_3m_long", "3s_vs_3z": "dop_3s_vs_3z", "8m": "dop_8m", "2s3z": "dop_2s3z", "mmm": "dop_mmm"}
+MAPS = {
+    "3m": "dop_3m_long",
+    "3s_vs_3z": "dop_3s_vs_3z",
+    "8m": "dop_8m",
+    "2s3z": "dop_2s3z",
+    "mmm": "dop_mmm_torch",
+}
 METHODS = {
     "dop_on_policy": "DOP, on-policy only (`--tree-backup none`)",
     "dop_sampled": "DOP, undecomposed tree backup (`--tree-backup sampled`)",
@@ -67,11 +73,12 @@ def main(argv=None):
     ).parse_args(argv)
     parts = ["# SMAC maps at equal environment steps"]
     parts += [
-        "Written by `python benchmark/smac.py`; its docstring says what the columns mean. "
-        f"{ENGINE.capitalize()}: not StarCraft II.\nMedian over seeds (worst seed); of every seed the first "
-        f"evaluation of at least {TARGET:g}, and at the end entropy and norm of the actor's gradient.\n"
-        "Training: win rate of the exploring policies. Battles of a map begin alike, so that greedy teams "
-        "often win\nnearly all or nearly none of them; training shows the trend."
+        "Written by `python benchmark/smac.py`; its docstring says what the columns mean. Not StarCraft II:\n"
+        "the engine stands under a map's name, and a table has sets of one engine only.\n"
+        f"Median over seeds (worst seed); of every seed the first evaluation of at least {TARGET:g}, and at\n"
+        "the end entropy and norm of the actor's gradient. Training: win rate of the exploring policies.\n"
+        "Battles of a map begin alike, so that greedy teams often win nearly all or nearly none; training\n"
+        "shows the trend."
     ]
     sources = []
     header = ["method", "seeds", "best", "final", "last fifth", "training", f"steps to {TARGET:g}"]
@@ -82,9 +89,12 @@ def main(argv=None):
         reports = {title: json.loads(path.read_text()) for title, path in paths.items() if path.exists()}
         if len(reports) < 2:
             continue
+        engines = {report["engine"] for report in reports.values()}
+        if len(engines) > 1:
+            sys.exit(f"smac.py: the sets of {name} come from different engines: {', '.join(sorted(engines))}")
         lengths = [report["summary"]["steps"]["min"] for report in reports.values()]
         rows = [row(title, report, min(lengths)) for title, report in reports.items()]
-        parts += [f"## {name}, {min(lengths):,} steps", markdown_table(header, rows).strip()]
+        parts += [f"## {name}, {min(lengths):,} steps", engines.pop(), markdown_table(header, rows).strip()]
         for picture in (f"smac_{name}", f"smac_{name}_training"):
             parts += [f"![{picture}]({picture}.png)"] if (RESULTS / f"{picture}.png").exists() else []
         sources += [source(report) for report in reports.values()]
@@ -94,7 +104,8 @@ def main(argv=None):
         row(f"{title}, {(steps := report['summary']['steps']['min']):,} steps", report, steps)
         for title, report in longer.items()
     ]
-    parts += ["## Longer runs", markdown_table(header, rows).strip()] if rows else []
+    engines = sorted({report["engine"] for report in longer.values()})
+    parts += ["## Longer runs", ", ".join(engines), markdown_table(header, rows).strip()] if rows else []
     sources += [source(report) for report in longer.values()]
     if not sources:
         sys.exit("smac.py: docs/results has no two sets of runs of one map to compare yet")

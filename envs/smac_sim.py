@@ -504,7 +504,7 @@ class BattleSim:
         placed = place_units(battle["ally_spawns"] + battle["enemy_spawns"], stats, self.walkable)
         rank = {group["unit"].lower(): i for i, group in enumerate(battle["agent_id_order"])}
         placed[:n] = sorted(placed[:n], key=lambda unit: (rank[unit[0]], unit[1], unit[2]))
-        self.types, x, y = zip(*placed, strict=True)
+        self.types, x, y = map(list, zip(*placed, strict=True))
         units = [stats[name] for name in self.types]
 
         xs, ys = np.nonzero(self.walkable)

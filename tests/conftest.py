@@ -1,16 +1,24 @@
 """Settings of the whole test run, and fixtures that run a program."""
 
+import os
 import runpy
 import signal
 import sys
 
-import programs
 import pytest
 import torch
 
 import envs
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests of the battle engine play: cpu or cuda")
+
+
+def pytest_configure(config):
+    os.environ["TEST_DEVICE"] = config.getoption("--device")  # for battles.py
 
 
 @pytest.fixture
@@ -22,6 +30,8 @@ def program(request):
 @pytest.fixture
 def parse(program, monkeypatch):
     """Flags -> the settings that the program makes of them."""
+
+    import programs  # here, so that the engine's tests need nothing but the engine
 
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *flags])
@@ -36,6 +46,8 @@ def run(program, monkeypatch, tmp_path, capsys):
 
     The flags follow those of a small run on `env`, the program's toy unless told; None: they stand alone.
     """
+    import programs
+
     for name, (cls, arguments) in programs.TOYS.items():
         monkeypatch.setitem(envs._REGISTRY, name, ("programs", cls, arguments))
 

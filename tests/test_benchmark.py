@@ -12,7 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import cdm, common, diffs, plot, quadratic, run_seeds, scripted, smac, standins, throughput
+from benchmark import (
+    cdm,
+    common,
+    diffs,
+    plot,
+    quadratic,
+    run_seeds,
+    scripted,
+    smac,
+    standins,
+    throughput,
+    training_speed,
+)
 from benchmark import report as results_page
 from benchmark import update_speed as speed
 from envs import make
@@ -102,7 +114,7 @@ def test_runs_and_collects(bench, capfd):
     assert bench("1-3", "--workers", "2", "--threads", "1") == 0
     report = json.loads((bench.tmp_path / "results" / "x.json").read_text())
     assert report["seeds"] == [1, 2, 3] and report["failed"] == {} and report["env"] == "mmm"
-    assert report["engine"] == "embedded simulator" and report["hardware"]["threads"] == 1
+    assert report["engine"] == "embedded simulator, Warp kernels" and report["hardware"]["threads"] == 1
     assert report["commit"] == "abc" and not report["dirty"] and "fake.py" in report["command"]
     curves = report["runs"][1]["curves"]
     assert set(curves) == {"eval/win_rate"}  # no losses unless asked for
@@ -349,36 +361,43 @@ def test_scripted_writes_its_pages(tmp_path, capsys):
 def test_throughput_writes_its_table(tmp_path, capsys):
     throughput.main(
         ["--envs", "3m", "--num-envs", "4", "8", "--threads", "1", "--seconds", "0.01", "--repeats", "2"]
-        + ["--no-compile", "--out", str(tmp_path / "t")]
+        + ["--out", str(tmp_path / "t")]
     )
     results = json.loads((tmp_path / "t.json").read_text())["results"]
     assert [x["num_envs"] for x in results] == [4, 8]
-    assert all(
-        len(x["ways"]["eager"]["turns"]) == 2 and min(x["ways"]["eager"]["turns"]) > 0 for x in results
-    )
-    assert "| games | eager |" in (tmp_path / "t.md").read_text()
+    assert all(len(x["ways"]["ours"]["turns"]) == 2 and min(x["ways"]["ours"]["turns"]) > 0 for x in results)
+    assert "| games | ours |" in (tmp_path / "t.md").read_text()
 
 
 def test_throughput_table_names_the_ratios():
-    ways = {"eager": 100.0, "compiled": 300.0, "mpe2": 200.0, "vmas": 600.0}
+    ways = {"ours": 300.0, "mpe2": 200.0, "vmas": 600.0}
     ways = {name: {"steps_per_second": speed} for name, speed in ways.items()}
     results = [{"env": "2s3z", "num_envs": 4, "threads": 1, "ways": ways}]
     table = throughput.table_of(results, "2s3z", 1)
     assert "| ours / mpe2 | ours / vmas |" in table
-    assert table.endswith("| 4 | 100 | 300 | 200 | 600 | 1.50 | 0.50 |\n")
+    assert table.endswith("| 4 | 300 | 200 | 600 | 1.50 | 0.50 |\n")
 
 
 def test_throughput_beside_a_peer(tmp_path, monkeypatch, capfd):
-    words = "--envs aggregation mill --num-envs 2 --threads 1 --seconds 0.01 --repeats 2 --no-compile".split()
+    words = "--envs aggregation mill --num-envs 2 --threads 1 --seconds 0.01 --repeats 2".split()
     words += ["--out", str(tmp_path / "t")]
     throughput.main([*words, "--peer", "mpe2"])
     report = json.loads((tmp_path / "t.json").read_text())
     assert report["peer"].startswith("simple_spread of mpe2 1.")
-    assert [list(x["ways"]) for x in report["results"]] == [["eager", "mpe2"], ["eager"]]
+    assert [list(x["ways"]) for x in report["results"]] == [["ours", "mpe2"], ["ours"]]
     assert min(report["results"][0]["ways"]["mpe2"]["turns"]) > 0
     monkeypatch.setitem(throughput.PEERS, "smax", ("throughput_smax.py", "nothing", "1.0", ()))
     with pytest.raises(SystemExit, match="has no nothing, install it with: .* -m pip install nothing==1.0"):
         throughput.main([*words, "--peer", "smax"])
+
+
+def test_training_speed_runs_two_trees(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_speed, "RESULTS", tmp_path)
+    flags = "dop_stochastic.py --env cdm --total-timesteps 40 --eval-every 0".split()
+    training_speed.main(["--tree", str(common.ROOT), "--", *flags])
+    results = json.loads((tmp_path / "training_speed.json").read_text())["results"]
+    assert all(x["steps"] == 10 and 0 < x["step_seconds"] < x["seconds"] for x in results.values())
+    assert "| this commit | " in (tmp_path / "training_speed.md").read_text()
 
 
 def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
@@ -493,9 +512,10 @@ def test_smac_cuts_curves_to_equal_steps(tmp_path, monkeypatch, capsys):
         runs = [{"curves": x, "commit": "abc"} for x in curves_of]
         steps = {"min": min(x[-1] for x, _ in curves)}
         facts = dict(name=name, command="python x.py", env="3m", date="today", workers=2, hardware={})
-        facts |= dict(runs=runs, seeds=[1, 2], summary={"steps": steps})
+        facts |= dict(runs=runs, seeds=[1, 2], summary={"steps": steps}, engine=engine)
         common.write_json(tmp_path / f"{name}.json", facts)
 
+    engine = "one engine"
     monkeypatch.setattr(smac, "RESULTS", tmp_path)
     more = {"losses/entropy": {"step": [1500, 2000], "value": [1.0, 0.04]}}
     more["charts/win_rate"] = {"step": [1000, 1700, 2000], "value": [1.0, 0.1, 0.2]}
@@ -505,6 +525,10 @@ def test_smac_cuts_curves_to_equal_steps(tmp_path, monkeypatch, capsys):
     report("dop_3m_long", ([1000, 2000, 3000], [0.95, 0.5, 1.0]), ([1000, 2000, 3000], [0.0, 0.2, 1.0]))
     smac.main([])
     text = (tmp_path / "smac.md").read_text()
-    assert "## 3m, 2,000 steps" in text
+    assert "## 3m, 2,000 steps\n\none engine\n" in text
     assert "| DOP | 2 | 0.57 (0.20) | 0.35 (0.20) | 0.35 (0.20) | - | 1k, - | -, - | -, - |" in text
     assert "| COMA | 1 | 0.50 (0.50) | 0.25 (0.25) | 0.25 (0.25) | 0.15 (0.15) | - | 0.04 | - |" in text
+    engine = "another engine"
+    report("coma_3m", ([1000, 2000], [0.5, 0.25]), **more)
+    with pytest.raises(SystemExit, match="3m come from different engines: another engine, one engine"):
+        smac.main([])

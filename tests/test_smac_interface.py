@@ -1,13 +1,17 @@
 """SMAC's interface against outputs of the original code, its table of sizes and a slow loop of its rules."""
 
+import functools
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import warp as wp
+from battles import DEVICE, FIELDS, Staged, Units
+from battles import make as real
 
-from envs import list_ids, make
+import envs
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "smac_golden.json").read_text())["maps"]
@@ -43,26 +47,25 @@ SIZES = {
 }
 
 
+make = functools.partial(real, cls=Staged)
+
+
 def place(env, **fields):
     """Give every game the unit arrays `fields`, each (U,) or (B, U), and show the result as after a step."""
-    old = env._units
-    new = {name: torch.as_tensor(value).to(getattr(old, name).dtype) for name, value in fields.items()}
-    env._units = old._replace(**{name: value.expand(old.hp.shape).clone() for name, value in new.items()})
-    env._obs, env._state, env._avail_actions = env._observe()
-    return env._obs, env._state, env._avail_actions
+    Units.of(env.units)._replace(**fields).write_to(env.units)
+    return env.show()
 
 
 def move_unit(env, unit, **fields):
     """Change single values of one unit in every game."""
-    arrays = {name: getattr(env._units, name).clone() for name in fields}
     for name, value in fields.items():
-        arrays[name][:, unit] = value
-    return place(env, **arrays)
+        getattr(env.units, name)[:, unit] = value
+    return env.show()
 
 
-def play(env, monkeypatch, after, actions=None):
+def play(env, after, actions=None):
     """One env.step() whose battle is replaced by the outcome `after`, Units of (B, U)."""
-    monkeypatch.setattr(env._sim, "step", lambda units, actions, generator: after)
+    env.after = after
     return env.step(idle(env) if actions is None else actions)
 
 
@@ -87,23 +90,24 @@ def arrays_of(record):
 
 def killed(env, *units, **fields):
     """The current units with some of them dead."""
-    hp = env._units.hp.clone()
+    now = Units.of(env.units)
+    hp = now.hp.clone()
     hp[:, list(units)] = 0.0
-    return env._units._replace(hp=hp, **fields)
+    return now._replace(hp=hp, **fields)
 
 
 def random_battle(env, least, most, generator):
     """Unit arrays (B, U) anywhere between two coordinates, some dead, cooldowns beyond their limits too."""
 
     def draw(low, high):
-        return low + (high - low) * torch.rand(env._units.hp.shape, generator=generator)
+        return low + (high - low) * torch.rand(env.units.hp.shape, generator=generator)
 
     alive = draw(0, 1) > 0.2
     return {
         "x": draw(least, most),
         "y": draw(least, most),
-        "hp": draw(0.1, 1) * env._sim.hp_max * alive,
-        "shield": draw(0, 1) * env._sim.shield_max,
+        "hp": draw(0.1, 1) * torch.tensor(env.sim.kinds["hp_max"]) * alive,
+        "shield": draw(0, 1) * torch.tensor(env.sim.kinds["shield_max"]),
         "cooldown": draw(0, 40),
         "energy": draw(0, 200),
     }
@@ -113,10 +117,10 @@ def slow_features(name, env, game, last_actions):
     """One game by the rules of get_obs_agent and get_state, unit by unit in Python -> obs, state, avail."""
     battle, n, m = MAPS[name], env.n_agents, env.n_enemies
     field = {
-        key: getattr(env._units, key)[game].tolist()
+        key: getattr(env.units, key)[game].tolist()
         for key in ("x", "y", "hp", "shield", "cooldown", "energy")
     }
-    types, walkable = env._sim.types, env._sim.walkable.tolist()
+    types, walkable = env.sim.types, env.sim.walkable.tolist()
     periods = dict(
         marine=15, marauder=25, stalker=35, zealot=22, colossus=24, hydralisk=10, zergling=11, baneling=1
     )
@@ -195,8 +199,8 @@ def slow_features(name, env, game, last_actions):
 def test_features_equal_the_original(name):
     record, env = GOLDEN[name], make(name, num_envs=2)
     env.reset()
-    assert [unit["unit"].lower() for unit in record["agents"] + record["enemies"]] == env._sim.types
-    env._last_actions = torch.tensor(record["last_actions"]).expand(2, -1)  # (B, N)
+    assert [unit["unit"].lower() for unit in record["agents"] + record["enemies"]] == env.sim.types
+    env._games.actions.copy_(torch.tensor(record["last_actions"]))
     for moment in (record, record["after"]):
         obs, state, avail_actions = place(env, **arrays_of(moment))
         for game in range(2):
@@ -206,13 +210,13 @@ def test_features_equal_the_original(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_reward_and_ends_equal_the_original(name, monkeypatch):
+def test_reward_and_ends_equal_the_original(name):
     record, env = GOLDEN[name], make(name, num_envs=2)
     env.reset()
     place(env, **arrays_of(record["after"]))
-    after = env._units
+    after = Units.of(env.units)
     place(env, **arrays_of(record))
-    _, reward, terminated, truncated, info = play(env, monkeypatch, after)
+    _, reward, terminated, truncated, info = play(env, after)
     expected = record["after"]["scaled_step_reward"]
     torch.testing.assert_close(reward, torch.full((2,), expected), atol=2e-5, rtol=1e-5)
     assert record["after"]["end_code"] is None and not terminated.any() and not truncated.any()
@@ -227,10 +231,11 @@ def test_features_equal_a_slow_loop(name):
     n_actions = SIZES[name][3]
     for low, high in ((9.0, 21.0), (0.1, 31.9)):
         generator = torch.Generator().manual_seed(5)
-        env._last_actions = torch.randint(0, n_actions, (4, env.n_agents), generator=generator)  # (B, N)
+        last_actions = torch.randint(0, n_actions, (4, env.n_agents), generator=generator)  # (B, N)
+        env._games.actions.copy_(last_actions)
         obs, state, avail_actions = place(env, **random_battle(env, low, high, generator))
         for game in range(4):
-            slow = slow_features(name, env, game, env._last_actions[game].tolist())
+            slow = slow_features(name, env, game, last_actions[game].tolist())
             torch.testing.assert_close(obs[game], slow[0], **CLOSE)
             torch.testing.assert_close(state[game], slow[1], **CLOSE)
             assert torch.equal(avail_actions[game], slow[2])
@@ -238,7 +243,7 @@ def test_features_equal_a_slow_loop(name):
 
 # ---- sizes, order, type bits ----
 def test_sizes_of_all_maps():
-    assert set(SIZES) <= set(list_ids())
+    assert set(SIZES) <= set(envs.list_ids())
     for name, (n_agents, n_enemies, limit, n_actions, obs_dim, state_dim, max_reward) in SIZES.items():
         env = make(name.upper(), num_envs=2)
         obs, _ = env.reset()
@@ -250,10 +255,11 @@ def test_sizes_of_all_maps():
         assert (
             env.avail_actions().shape == (2, n_agents, n_actions) and env.avail_actions().dtype == torch.bool
         ), name
-        assert env._facts.reward_scale == max_reward / 20, name
-        stock = sum(STATS[kind]["hp"] + STATS[kind]["shield"] for kind in env._sim.types[n_agents:])
+        stock = sum(STATS[kind]["hp"] + STATS[kind]["shield"] for kind in env.sim.types[n_agents:])
         assert max_reward == 10 * n_enemies + 200 + stock, name
         assert obs[:, :, 4:].abs().max() <= 1 and torch.isfinite(env.state()).all(), name
+        reward = play(env, killed(env, *range(n_agents, n_agents + n_enemies)))[1]
+        assert reward.tolist() == pytest.approx([20, 20]), name  # all of max_reward at once
 
 
 def test_order_of_agents():
@@ -266,8 +272,8 @@ def test_order_of_agents():
         env = make(name)
         env.reset()
         n = env.n_agents
-        assert env._sim.types[:n] == kinds
-        keys = list(zip(kinds, env._units.x[0, :n].tolist(), env._units.y[0, :n].tolist(), strict=True))
+        assert env.sim.types[:n] == kinds
+        keys = list(zip(kinds, env.units.x[0, :n].tolist(), env.units.y[0, :n].tolist(), strict=True))
         assert keys == sorted(keys)  # these types happen to be in the order of the alphabet
 
 
@@ -287,7 +293,7 @@ def test_type_bits():
         part = MAPS[name]["sizes"]
         rows = obs[0, 0, 4 : 4 + m * part["enemy_feats"][1]].view(m, -1)
         state_rows = state[0, n * part["state_ally_feats"] :][: m * part["state_enemy_feats"]].view(m, -1)
-        for k, kind in enumerate(env._sim.types[n:]):
+        for k, kind in enumerate(env.sim.types[n:]):
             assert rows[k, -bits:].tolist() == state_rows[k, -bits:].tolist() == seen_types[kind], (
                 name,
                 kind,
@@ -380,47 +386,45 @@ def test_medivac_heals_agents():
 
 
 # ---- reward ----
-def test_reward_is_the_absolute_net_change(monkeypatch):
+def test_reward_is_the_absolute_net_change():
     env = make("3s_vs_3z", num_envs=1)
     env.reset()
     scale = SIZES["3s_vs_3z"][6] / 20
-    before = env._units
+    before = Units.of(env.units)
     hurt = before._replace(shield=before.shield - 10.0, hp=before.hp - 5.0)
-    reward = play(env, monkeypatch, hurt)[1]  # the agents' own losses cost nothing
+    reward = play(env, hurt)[1]  # the agents' own losses cost nothing
     assert reward.item() == pytest.approx(3 * 15 / scale)
-    reward = play(env, monkeypatch, before)[1]
+    reward = play(env, before)[1]
     assert reward.item() == pytest.approx(3 * 15 / scale)  # growing back pays as much as the wound did
     mixed = before._replace(shield=before.shield - torch.tensor([0, 0, 0, 40.0, 0, 0]))
-    play(env, monkeypatch, mixed)
+    play(env, mixed)
     other = before._replace(shield=before.shield - torch.tensor([0, 0, 0, 0, 30.0, 0]))
-    assert play(env, monkeypatch, other)[1].item() == pytest.approx(10 / scale)  # 40 back, 30 lost
+    assert play(env, other)[1].item() == pytest.approx(10 / scale)  # 40 back, 30 lost
 
 
-def test_kills_and_victory_pay(monkeypatch):
+def test_kills_and_victory_pay():
     env = make("3m", num_envs=1)
     env.reset()
     scale = 365 / 20
-    total = reward = play(env, monkeypatch, killed(env, 3))[1].item()
+    total = reward = play(env, killed(env, 3))[1].item()
     assert reward == pytest.approx((45 + 10) / scale)
-    reward = play(env, monkeypatch, killed(env))[1].item()
+    reward = play(env, killed(env))[1].item()
     assert reward == 0  # the dead pay once
-    _, reward, terminated, truncated, info = play(env, monkeypatch, killed(env, 3, 4, 5))
+    _, reward, terminated, truncated, info = play(env, killed(env, 3, 4, 5))
     assert reward.item() == pytest.approx((2 * 55 + 200) / scale)
     assert terminated.all() and not truncated.any() and info["battle_won"].all()
     assert info["episode_return"].item() == pytest.approx(total + reward.item()) == pytest.approx(20.0)
     assert info["episode_length"].item() == 3
 
 
-def test_a_kill_takes_the_shield_along(monkeypatch):
+def test_a_kill_takes_the_shield_along():
     env = make("2s3z", num_envs=1)
     env.reset()
     zealot = 9
-    assert env._sim.types[zealot] == "zealot"
-    reward = play(env, monkeypatch, killed(env, zealot))[
-        1
-    ].item()  # its record keeps 50 of shield, which is void
+    assert env.sim.types[zealot] == "zealot"
+    reward = play(env, killed(env, zealot))[1].item()  # its record keeps 50 of shield, which is void
     assert reward == pytest.approx((100 + 50 + 10) / (1020 / 20))
-    assert play(env, monkeypatch, killed(env))[1].item() == 0
+    assert play(env, killed(env))[1].item() == 0
 
 
 # ---- ends ----
@@ -445,44 +449,45 @@ MMM_ENEMY_MEDIVAC = 19
         ("MMM", ENEMIES, True, True),
     ],
 )
-def test_ends(name, dead, won, terminated, monkeypatch):
+def test_ends(name, dead, won, terminated):
     env = make(name, num_envs=2)
     env.reset()
-    _, reward, ended, truncated, info = play(env, monkeypatch, killed(env, *dead))
+    _, reward, ended, truncated, info = play(env, killed(env, *dead))
     assert ended.tolist() == [terminated] * 2 and not truncated.any()
     assert info["battle_won"].tolist() == [won] * 2
     n = env.n_agents
     fallen = [unit for unit in dead if unit >= n]
     assert info["dead_allies"].tolist() == [len(dead) - len(fallen)] * 2
     assert info["dead_enemies"].tolist() == [len(fallen)] * 2
-    value = 200 * won + sum(10 + STATS[env._sim.types[unit]]["hp"] for unit in fallen)
+    value = 200 * won + sum(10 + STATS[env.sim.types[unit]]["hp"] for unit in fallen)
     assert reward.tolist() == pytest.approx([value / (SIZES[name][6] / 20)] * 2)
 
 
-def test_timeout_is_truncation(monkeypatch):
+def test_timeout_is_truncation():
     env = make("3m", num_envs=2)
     env.reset()
     for step in range(60):
-        after = env._units
+        after = Units.of(env.units)
         if step == 59:
             hp = after.hp.clone()
             hp[1, 3:] = 0.0
             after = after._replace(hp=hp)
-        _, _, terminated, truncated, info = play(env, monkeypatch, after)
+        _, _, terminated, truncated, info = play(env, after)
         assert truncated.tolist() == [step == 59, False]
         assert terminated.tolist() == [False, step == 59]  # a win on the last step is a win
         assert info["episode_length"].tolist() == [step + 1] * 2
     assert info["battle_won"].tolist() == [False, True]
 
 
-def test_auto_reset_keeps_the_last_sight(monkeypatch):
+def test_auto_reset_keeps_the_last_sight():
     env = make("MMM", num_envs=3)
     first_obs, _ = env.reset()
     first = first_obs.clone(), env.state().clone(), env.avail_actions().clone()
-    hp = env._units.hp.clone()
+    hp = env.units.hp.cpu().clone()
     hp[1, 10:] = 0.0
-    after = env._units._replace(hp=hp - torch.tensor(1.0) * (hp > 0), x=env._units.x + 0.25)
-    obs, _, terminated, _, info = play(env, monkeypatch, after)
+    now = Units.of(env.units)
+    after = now._replace(hp=hp - torch.tensor(1.0) * (hp > 0), x=now.x + 0.25)
+    obs, _, terminated, _, info = play(env, after)
     assert terminated.tolist() == [False, True, False]
     got = obs, env.state(), env.avail_actions()
     final = info["final_obs"], info["final_state"], info["final_avail_actions"]
@@ -494,89 +499,136 @@ def test_auto_reset_keeps_the_last_sight(monkeypatch):
     )  # no enemy is left there
     assert (final[1][:, 130:].view(3, 10, 16)[:, :, STOP] == 1).all()  # the last actions of the ended episode
     assert (env.state()[1, 130:] == 0).all()
-    for cached, computed in zip(got, env._observe(), strict=True):
-        assert torch.equal(cached, computed)
-    assert env._units.hp[1].tolist() == env._sim.hp_max.tolist()
 
 
 # ---- the real engine behind it ----
 @pytest.mark.parametrize("name", ["MMM", "2m_vs_1z", "2c_vs_64zg", "bane_vs_bane"])
-def test_fresh_features_are_those_of_reset(name):
-    env = make(name, num_envs=2, seed=3)
+def test_a_battle_that_ends_begins_anew_as_by_reset(name):
+    env = real(name, num_envs=2, seed=3)
     obs, _ = env.reset()
-    first = obs.clone(), env.state().clone(), env.avail_actions().clone()
-    env._episode_length += env.episode_limit - 1
-    obs, *_ = env.step(idle(env))
+    first, units = (obs, env.state(), env.avail_actions()), Units.of(env.units)
+    for limit in (100, 1):  # the first step ends nothing
+        env._episode_length += env.episode_limit - limit
+        actions = env.avail_actions()[:, :, 2].long() + 1  # north where that is free, else stop
+        asked = actions.clone()
+        obs, *_, info = env.step(actions)
+        assert torch.equal(actions, asked)
+        if limit == 100:
+            assert torch.equal(obs, info["final_obs"])
+            assert not torch.equal(obs, first[0]) and not torch.equal(env.units.x.cpu(), units.x)
+            env._episode_length -= env.episode_limit - limit + 1
     for fresh, now in zip(first, (obs, env.state(), env.avail_actions()), strict=True):
         assert torch.equal(fresh, now)
-    for cached, computed in zip((obs, env.state(), env.avail_actions()), env._observe(), strict=True):
-        assert torch.equal(cached, computed)
+    for field in set(FIELDS) - {"goal_x"}:  # drawn anew on 2m_vs_1z
+        assert torch.equal(getattr(units, field), getattr(env.units, field).cpu()), field
+    if name == "2m_vs_1z":
+        assert (units.goal_x[:, 2] != env.units.goal_x[:, 2].cpu()).all()
+    assert env._episode_length.tolist() == [0, 0] and env._episode_return.tolist() == [0, 0]
 
 
 def random_actions(env, generator):
-    weights = env.avail_actions().flatten(0, 1).float()
+    weights = env.avail_actions().flatten(0, 1).float().cpu()
     return torch.multinomial(weights, 1, generator=generator).view(env.num_envs, -1)
+
+
+def into_reach(env):
+    """Move the enemies so that they fight; the masks follow with a step in which everybody stops."""
+    x, n = env.units.x, env.n_agents
+    x[:, n:] -= x[:, n:].mean() - x[:, :n].mean() - 3.0
+    return env.step(idle(env))
+
+
+def assert_same_step(many, one, games):
+    """`many`, a step of many games, holds in `games` what `one`, a step of these alone, returned."""
+    *arrays, info = many
+    *alone, info_alone = one
+    arrays += [info[key] for key in sorted(info)]
+    alone += [info_alone[key] for key in sorted(info_alone)]
+    for together, single in zip(arrays, alone, strict=True):
+        assert torch.equal(together[games], single)
 
 
 @pytest.mark.parametrize("name", ["MMM", "3s_vs_3z", "corridor"])
 def test_games_do_not_influence_each_other(name, monkeypatch):
     """Three games side by side go like the same three alone, the random delays being equal."""
-
-    def half(*shape, generator, device):
-        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, 0.5)
-
-    monkeypatch.setattr(torch, "rand", half)
-    together, alone = make(name, num_envs=3), [make(name, num_envs=1) for _ in range(3)]
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, out: out.fill_(0.5))
+    together, alone = real(name, num_envs=3), [real(name, num_envs=1) for _ in range(3)]
     for env in (together, *alone):
         env.reset()
+        into_reach(env)
     generator = torch.Generator().manual_seed(1)
-    x = together._units.x.clone()
-    n = together.n_agents
-    x[:, n:] -= x[:, n:].mean() - x[:, :n].mean() - 3.0  # into reach, so that they fight
-    place(together, x=x)
-    for env in alone:
-        place(env, x=x[:1])
     for _ in range(12):
         actions = random_actions(together, generator)
-        obs, reward, terminated, truncated, info = together.step(actions)
+        step = together.step(actions)
         for game, env in enumerate(alone):
             one = env.step(actions[game : game + 1])
-            torch.testing.assert_close(obs[game], one[0][0], **CLOSE)
-            torch.testing.assert_close(together.state()[game], env.state()[0], **CLOSE)
-            torch.testing.assert_close(reward[game], one[1][0], atol=1e-4, rtol=0)
+            assert_same_step(step, one, slice(game, game + 1))
+            assert torch.equal(together.state()[game], env.state()[0])
             assert torch.equal(together.avail_actions()[game], env.avail_actions()[0])
-            assert terminated[game] == one[2][0] and info["battle_won"][game] == one[4]["battle_won"][0]
+
+
+@pytest.mark.parametrize("num_envs, threads", [(1, 1), (64, 2), (97, 2)])
+def test_a_batch_of_any_size_and_on_any_threads_plays_the_same(num_envs, threads, monkeypatch):
+    """The first games of 130 go like those of smaller batches, which one or two threads play."""
+    draws = torch.Generator()
+
+    def first(shape, generator, out):
+        """Delays that do not depend on the size of the batch."""
+        full = torch.empty(8, 130, out.shape[-1]).uniform_(generator=draws)
+        return out.copy_(full[:, : out.shape[1]])
+
+    monkeypatch.setattr(torch, "rand", first)
+    steps, before = [], torch.get_num_threads()
+    for games, count in ((130, 1), (num_envs, threads)):
+        draws.manual_seed(4)
+        generator = torch.Generator().manual_seed(2)
+        torch.set_num_threads(count)
+        env = real("2s3z", num_envs=games)
+        torch.set_num_threads(before)
+        assert env.device.type == "cuda" or len(env._play) == count
+        env.reset()
+        steps.append([into_reach(env)])
+        for _ in range(25):
+            noise = torch.empty(130, 5, 11).uniform_(generator=generator)
+            noise[:, :, ATTACK:] += 0.5
+            steps[-1].append(env.step((env.avail_actions() * (1 + noise[:games])).argmax(2)))
+    for many, few in zip(*steps, strict=True):
+        assert_same_step(many, few, slice(num_envs))
+    assert sum(int(step[4]["dead_enemies"].sum()) for step in steps[0]) > 0  # there was something to see
 
 
 def test_same_seed_same_battle():
     records = []
     for _ in range(2):
-        env, generator = make("MMM", num_envs=2, seed=7), torch.Generator().manual_seed(7)
+        env, generator = real("MMM", num_envs=2, seed=7), torch.Generator().manual_seed(7)
         env.reset()
         records.append(torch.stack([env.step(random_actions(env, generator))[0] for _ in range(20)]))
     assert torch.equal(*records)
 
 
 def test_render():
-    env = make("2s3z", num_envs=2)
+    env = real("2s3z", num_envs=2)
     with pytest.raises(RuntimeError, match="reset"):
         env.render()
     env.reset()
     before = env.render()
     assert before.shape[1:] == (640, 3) and before.dtype.name == "uint8" and before.shape[0] % 2 == 0
-    place(env, x=torch.linspace(12, 20, 10), y=16.0, target=[5] * 5 + [0] * 5, cooldown=30.0)
+    now = Units.of(env.units)
+    now._replace(x=torch.linspace(12, 20, 10), y=16.0, target=[5] * 5 + [0] * 5, cooldown=30.0).write_to(
+        env.units
+    )
     env.step(idle(env))
     assert (env.render() != before).any()
 
 
 @pytest.mark.parametrize("name", list(SIZES))
 def test_battles_run_to_their_end_with_features_in_range(name):
-    env = make(name, num_envs=2, seed=1)
+    env = real(name, num_envs=2, seed=1)
     env.reset()
-    ended = torch.zeros(2, dtype=torch.bool)
+    ended, generator = torch.zeros(2, dtype=torch.bool), torch.Generator().manual_seed(1)
     for _ in range(env.episode_limit):
         avail_actions = env.avail_actions()
-        actions = (avail_actions + torch.rand(avail_actions.shape, generator=env.generator)).argmax(2)
+        actions = (avail_actions + torch.rand(avail_actions.shape, generator=generator)).argmax(2)
         _, reward, terminated, truncated, info = env.step(actions)
         assert info["final_obs"].abs().max() <= 1 and info["final_state"].abs().max() <= 2
         assert torch.isfinite(reward).all() and reward.min() >= 0
@@ -584,3 +636,48 @@ def test_battles_run_to_their_end_with_features_in_range(name):
         if ended.all():
             break
     assert ended.all()
+
+
+# ---- what a step costs and returns ----
+@pytest.mark.parametrize("name", ["mmm", "2m_vs_1z"])
+def test_a_step_takes_two_launches(name, monkeypatch):
+    env = real(name, num_envs=4)
+    env.reset()
+    actions, launched = idle(env), []
+    launch = wp.Launch.launch
+    monkeypatch.setattr(wp.Launch, "launch", lambda *args: (launched.append(args[0]), launch(*args)))
+    monkeypatch.setattr(wp, "launch", None)  # nothing is launched in another way
+    for steps in (1, 2, 3):
+        env.step(actions)
+        assert len(launched) == 2 * steps
+
+
+def test_what_a_step_returned_stays_as_it_was():
+    env, generator = envs.make("3m", num_envs=3, device=DEVICE), torch.Generator().manual_seed(0)
+
+    def tensors(step):
+        obs, *others, info = step
+        return [obs, *others, *info.values(), env.state(), env.avail_actions()]
+
+    returned = [env.reset()[0], env.state(), env.avail_actions()]
+    copies = [tensor.clone() for tensor in returned]
+    for step in range(70):  # the clock ends every battle in between
+        now = tensors(env.step(random_actions(env, generator).to(DEVICE)))
+        if step in (0, 1, 58, 59):
+            returned += now
+            copies += [tensor.clone() for tensor in now]
+    for tensor, copy in zip(returned, copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_it_runs_under_any_guard_and_on_any_device_string():
+    devices = ["cpu", torch.device("cpu")] + (["cuda", "cuda:0"] if torch.cuda.is_available() else [])
+    for device in devices:
+        env = envs.make("MMM", num_envs=2, device=device)
+        for guard in (torch.no_grad, torch.inference_mode):
+            with guard():
+                env.reset()
+                actions = torch.ones(2, 10, dtype=torch.int64, device=device)
+                obs, reward, *_ = env.step(actions)
+            for tensor in (obs, reward, env.units.hp):
+                assert tensor.device.type == torch.device(device).type and not tensor.requires_grad

@@ -8,13 +8,10 @@ ready before t + 1, so it falls in loop floor(k * period), after which floor(k *
 """
 
 import math
-import os
-import shutil
 
 import pytest
 import torch
-
-from envs.smac_sim import BattleSim
+from battles import Battles, make
 
 MAPS = (
     "3m 8m 25m 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m MMM MMM2 2s3z 3s5z 3s5z_vs_3s6z 3s_vs_3z 3s_vs_4z "
@@ -23,13 +20,12 @@ MAPS = (
 ZERG_REGEN = 0.2734 / 16  # life per loop
 NEVER = 1e6  # a cooldown that outlasts every test
 _SIMS = {}
-torch.set_num_threads(1)  # a few hundred tiny tensors per loop: threads only get in each other's way
 
 
 def battle(name):
     """One simulator per map for the whole file."""
     if name not in _SIMS:
-        _SIMS[name] = BattleSim(name)
+        _SIMS[name] = Battles(name)
     return _SIMS[name]
 
 
@@ -58,11 +54,11 @@ def scene(name, **placed):
 
 def play(sim, units, loops, hold=False, delay=0.0):
     """`loops` game loops; with `hold` everybody is put back after each of them."""
+    if not hold:
+        return sim.game_loops(units, torch.full((loops, *units.hp.shape), delay))
     x, y = units.x, units.y
     for _ in range(loops):
-        units = sim.game_loop(units, torch.full_like(units.hp, delay))
-        if hold:
-            units = units._replace(x=x, y=y)
+        units = sim.game_loop(units, torch.full_like(units.hp, delay))._replace(x=x, y=y)
     return units
 
 
@@ -679,19 +675,19 @@ def test_delay_shifts_the_next_shot_without_rounding_bias(delay):
 
 def test_random_delays_have_the_right_mean_and_range():
     # 200 marines shoot at 200 immortal ones for 60 steps: gaps are 13.7728 + U(-1, 2), mean 14.2728
-    sim, units = scene("3m", u0=(10, 16), u3=(15, 16))
-    units = type(units)(*(field.expand(200, -1) for field in units))
+    env = make("3m", num_envs=200, seed=1)
+    env.reset()
+    _, units = scene("3m", u0=(10, 16), u3=(15, 16))
+    units.write_to(env.units)
+    env.validate = False
     stop = torch.ones(200, 3, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(1)
-    seen = []
-    original, sim._loop = sim._loop, lambda units, delay: (seen.append(delay), sim.game_loop(units, delay))[1]
-    shots = torch.zeros(200)
+    seen, shots = [], torch.zeros(200)
     for _ in range(60):
-        units = sim.step(units, stop, generator)
-        shots += (units.hp[:, 0] < 45).float()  # at most one shot in 8 loops
-        units = change(units, "hp", 0, 45.0)
-    sim._loop = original
-    delays = torch.stack(seen)
+        *_, info = env.step(stop)
+        seen.append(env._games.delays.cpu() * 3 - 1)
+        shots += (info["final_state"][:, 0] < 1).float()  # at most one shot in 8 loops
+        env.units.hp[:, 0] = 45.0
+    delays = torch.cat(seen)
     assert (
         delays.shape == (480, 200, 6)
         and -1 <= float(delays.min()) < -0.99
@@ -779,8 +775,7 @@ def walk_enemy(name, unit, x, y, goal, loops):
 )
 def test_every_walkable_spot_leads_to_the_attack_point(name, goal):
     """Five spots in every cell, each walked from by an enemy that nobody pushes."""
-    sim = BattleSim(name)
-    sim._separation = torch.zeros_like(sim._separation)  # so that all enemies of a game can walk on their own
+    sim = Battles(name).without_collisions()  # so that all enemies of a game can walk on their own
     spots = torch.tensor([[0.5, 0.5], [0.01, 0.01], [0.99, 0.01], [0.01, 0.99], [0.99, 0.99]])
     places = (torch.nonzero(sim.walkable).float()[:, None] + spots).reshape(-1, 2)  # (5 K, 2)
     games = math.ceil(len(places) / sim.n_enemies)
@@ -818,7 +813,7 @@ def test_colossi_cross_the_ledge_and_zerglings_do_not():
 def test_zerglings_reach_a_colossus_wherever_it_stands():
     # in every cell that only a colossus may enter; from both levels; 16 s is enough for the longest way
     sim = battle("2c_vs_64zg")
-    ground, cliff, _ = sim._grids.view(3, 32, 32)
+    ground, cliff, _ = sim.layers()
     places = torch.nonzero(cliff & ~ground).float() + 0.5  # (K, 2)
     assert len(places) == 38  # 24 in the wall, 14 on the rims
     for x, y in ((16.0, 9.0), (16.0, 16.0)):
@@ -932,7 +927,7 @@ def test_goal_of_2m_vs_1z_is_random_on_its_segment():
     assert units.walks[:, 2].all() and not units.walks[:, :2].any()
 
 
-# ---- a pure function of tensors ----
+# ---- a pure function of units, actions and delays ----
 
 
 def middle_of_battle(name, num_envs, steps=14, seed=0):
@@ -957,53 +952,9 @@ def test_games_do_not_influence_each_other(name):
     for _ in range(10):
         actions = random_orders(sim, units, generator)
         delays = torch.rand(8, *units.hp.shape, generator=generator) * 3 - 1
-        together = sim.obey(units, actions)
-        alone = [sim.obey(type(units)(*(f[g : g + 1] for f in units)), actions[g : g + 1]) for g in range(3)]
-        for delay in delays:
-            together = sim.game_loop(together, delay)
-            alone = [sim.game_loop(alone[g], delay[g : g + 1]) for g in range(3)]
-        for field, singles in zip(together, zip(*alone, strict=True), strict=True):
-            # the matrix products in _push may round differently in another batch size
-            assert torch.allclose(field.float(), torch.cat(singles).float(), atol=1e-4)
+        together = sim.game_loops(sim.obey(units, actions), delays)
+        for g in range(3):
+            game = slice(g, g + 1)
+            alone = sim.game_loops(sim.obey(units[game], actions[game]), delays[:, game])
+            assert all(torch.equal(one, all_[game]) for one, all_ in zip(alone, together, strict=True))
         units = together
-
-
-def test_inputs_stay_as_they_were():
-    sim, units = middle_of_battle("MMM", 2)
-    copies = [field.clone() for field in units]
-    actions = random_orders(sim, units, torch.Generator().manual_seed(0))
-    actions_copy = actions.clone()
-    sim.step(units, actions, torch.Generator().manual_seed(0))
-    assert torch.equal(actions, actions_copy)
-    for field, copy in zip(units, copies, strict=True):
-        assert torch.equal(field, copy)
-
-
-def test_runs_without_gradients_and_on_any_device_string():
-    devices = ["cpu", torch.device("cpu")] + (["cuda", "cuda:0"] if torch.cuda.is_available() else [])
-    for device in devices:
-        sim = BattleSim("MMM", device=device)
-        generator = torch.Generator(device).manual_seed(0)
-        actions = torch.ones(2, 10, dtype=torch.int64, device=device)
-        for guard in (torch.no_grad, torch.inference_mode):
-            with guard():
-                units = sim.step(sim.spawn(2, generator), actions, generator)
-            assert all(field.device.type == torch.device(device).type for field in units)
-            assert not any(field.requires_grad for field in units)
-
-
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-def test_compiled_loop_equals_eager():
-    sim, units = middle_of_battle("2s3z", 4)
-    compiled = torch.compile(sim.game_loop)
-    for _ in range(8):
-        delay = torch.rand(units.hp.shape, generator=torch.Generator().manual_seed(1)) * 3 - 1
-        fast, units = compiled(units, delay), sim.game_loop(units, delay)
-        for first, second in zip(fast, units, strict=True):
-            assert torch.allclose(first.float(), second.float(), atol=1e-5)
-
-
-def test_compiling_without_a_compiler_says_what_to_install(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="install g"):
-        BattleSim("3m", compile=True)

@@ -95,13 +95,14 @@ def test_one_wait_per_step_and_one_per_iteration(run, monkeypatch, program, env,
 
 
 @pytest.mark.parametrize(
-    ("env_id", "waits"), {"quadratic": 0, "cdm": 0, "spread": 1, "aggregation": 1, "mill": 1}.items()
+    ("env_id", "waits"), {"quadratic": 0, "cdm": 0, "3m": 0, "spread": 1, "aggregation": 1, "mill": 1}.items()
 )
 def test_waits_of_an_environments_step(monkeypatch, env_id, waits):
     """The particles' one saves a third of their step; see envs/mpe.py."""
     env = make(env_id, num_envs=3, validate=False)
     obs, _ = env.reset()
-    actions = torch.zeros(3, *env.single_action_space.shape, dtype=torch.int64 if env_id == "cdm" else None)
+    discrete = env.avail_actions() is not None
+    actions = torch.zeros(3, *env.single_action_space.shape, dtype=torch.int64 if discrete else None)
     with Waits(monkeypatch) as mode:
         for _ in range(2 * env.episode_limit):
             env.step(actions)
