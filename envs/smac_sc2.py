@@ -2,9 +2,9 @@
 
     env = make("sc2:mmm,difficulty=7", num_envs=8, seed=1)  # docs/envs.md says how to install the game
 
-Every game is a client of StarCraft II of its own, led by a worker process (`smac_sc2_worker.py`) in a process
-group of its own. A client that dies, errs, ends or stays silent is killed and started again: its episode ends
-as truncated, with a step of reward 0 that is marked in `info["broken"]`. Nothing survives the learner.
+Every game is a client of StarCraft II, led by a worker process (`smac_sc2_worker.py`) in a process group of
+its own. A client that dies, errs, ends or stays silent is killed and started again: its episode ends as
+truncated, with a step of reward 0 that is marked in `info["broken"]`. Nothing survives the learner.
 Letters as in smac.py: B games, N agents, M enemies, U units.
 """
 
@@ -88,8 +88,8 @@ class Sc2(Smac):
         self._memory = self._games.units.cpu()  # the same memory, or what is copied to the GPU
         self._rows = self._memory.numpy().view(UNIT)[..., 0]  # (B, U)
         self._base = self.sim  # the map's constants; _casts: for which enemies and lives a game has its own
-        self._casts, self._workers = [None] * num_envs, [None] * num_envs
-        self._starts, self._failures = [0] * num_envs, [0] * num_envs
+        self._casts, self._workers = ([None] * num_envs for _ in range(2))
+        self._starts, self._failures = ([0] * num_envs for _ in range(2))
         self._finalizer = weakref.finalize(self, release, self._workers)  # at exit too
 
     def _parts(self):
@@ -123,12 +123,14 @@ class Sc2(Smac):
         while games:
             answers = self._ask({game: ("reset",) for game in games})
             games = [game for game, answer in answers.items() if answer is None]
-            begun = {game: answer for game, answer in answers.items() if answer is not None}
-            for game, (types, lives, _) in begun.items():
-                self._rows["target"][game] = -1
-                if self._casts[game] != (types, lives):
-                    self._cast(game, types, lives)
-            self._fill({game: units for game, (_, _, units) in begun.items()})
+            for game, answer in answers.items():
+                if answer is not None:
+                    *cast, answers[game] = answer
+                    self._rows["target"][game] = -1
+                    if self._casts[game] != cast:
+                        self._cast(game, *cast)
+                        self._casts[game] = cast
+            self._fill(answers)
         self._waiting.discard(self)
 
     def _fill(self, answers):
@@ -159,7 +161,6 @@ class Sc2(Smac):
         sim.world.kind, view.external = wp.array(sim.kinds, dtype=Kind, device=self._wp_device), True
         part = game, game + 1, sim.world, view
         self._play[game], self._begin[game] = self._record(play, *part), self._record(restart, *part)
-        self._casts[game] = types, lives
         self.sim = self.sim if game else sim  # of the picture
 
     # ---- workers ----
@@ -214,9 +215,7 @@ class Worker:
                 return self.pipe.recv()
             return RuntimeError("its worker does not answer")
         except (EOFError, OSError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
-            return RuntimeError(f"its worker died (exit code {self.process.poll()})")
+            return RuntimeError("its worker died")
 
     def kill(self):
         """End worker and game at once -> the end of their log in one line."""
@@ -233,15 +232,13 @@ class Worker:
 
 def release(workers):
     """End the workers, those that do not listen by force."""
-    living = [worker for worker in workers if worker]
+    living, workers[:] = [worker for worker in workers if worker], [None] * len(workers)
     for worker in living:
         worker.send(None)
-    end = time.monotonic() + GRACE
     for worker in living:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.process.wait(max(0, end - time.monotonic()))
+            worker.process.wait(GRACE)
         worker.kill()
-    workers[:] = [None] * len(workers)
 
 
 # ---- what must be there ----

@@ -171,6 +171,14 @@ def test_games_have_clients_ports_and_seeds_of_their_own(build, tmp_path):
         real.reset()
 
 
+def test_units_reach_kernels_that_read_other_memory(build):
+    real, ours = build("sc2:3m", seed=5), embedded("3m", 1, 5)
+    real._memory = real._games.units.clone()  # as beside a GPU
+    real._rows = real._memory.numpy().view(real._rows.dtype)[..., 0]
+    real.reset(), ours[0].reset()
+    assert len(play_beside(real, ours, torch.Generator().manual_seed(1), episodes=2)) == 2
+
+
 def test_options_of_the_game(build, tmp_path):
     build("sc2:2s_vs_1sc,difficulty=a,seed_of_game=11,timeout=100", seed=7).reset()
     assert launches(tmp_path)[0][2:] == (11, 10, 2)  # cheats, zerg
