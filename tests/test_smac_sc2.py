@@ -305,7 +305,8 @@ def one_breaks(real, ours, step, generator):
 @pytest.mark.parametrize("trouble", ["CRASH", "HANG", "END", "ERROR"])
 def test_a_game_that_breaks_starts_anew(trouble, build, game, tmp_path, capfd):
     game(ONCE=tmp_path / "once", **{trouble: 4})
-    real, ours = build("sc2:3m,timeout=5", num_envs=2, seed=3), embedded("3m", 2, 3)
+    timeout = 15 if trouble == "HANG" else 300
+    real, ours = build("sc2:3m", num_envs=2, seed=3, timeout=timeout), embedded("3m", 2, 3)
     fresh, _ = real.reset()
     for env in ours:
         env.reset()
@@ -313,7 +314,7 @@ def test_a_game_that_breaks_starts_anew(trouble, build, game, tmp_path, capfd):
     torch.testing.assert_close(shown(real)[0][broken], fresh[broken])  # the battle begins anew
     reasons = {
         "CRASH": "hung up",
-        "HANG": "not answered for 5 s",
+        "HANG": "not answered for 15 s",
         "END": "ended the game",
         "ERROR": "out of order",
     }
