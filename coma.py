@@ -39,7 +39,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Stream, evaluate, machine, make
+from envs import Stream, evaluate, machine, make, settings_for
 
 
 # ---- settings ----
@@ -102,8 +102,8 @@ FIXED = ("env", "seed", "setting", "num_envs", "batch_size", "hidden_dim", "crit
 def parse_args():
     """Flags over PRESETS over the defaults, or over the settings of the run to resume."""
     first = machine.peek(env=Args.env, setting=None, resume=None)
-    env_id = first.env.lower().split(",")[0].strip()
-    settings = PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
+    env_id = first.env.lower().split(",")[0].strip().removeprefix("sc2:")
+    settings = settings_for(first.env) | PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
     if first.resume:
         settings = machine.settings_of(first.resume, Path(__file__).stem, Args.__annotations__)
     args = tyro.cli(Args, default=Args(**settings), description=__doc__)
@@ -438,7 +438,7 @@ if __name__ == "__main__":
 
         # store
         actions, done = info["actions"], terminated | truncated  # (B, N), (B,)
-        ended = done.nonzero().squeeze(1)  # (E,), the one time per step that Python waits for the device
+        ended = (done & ~info["broken"]).nonzero().squeeze(1)  # (E,), the one wait for the device per step
         # NOTE: half precision keeps three digits of features of about 1, in half the memory
         features = torch.half if env.bounded_features else torch.float32
         step = dict(obs=obs.to(features), state=state.to(features), avail_actions=avail_actions)

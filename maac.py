@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Stream, evaluate, machine, make
+from envs import Stream, evaluate, machine, make, settings_for
 
 
 # ---- settings ----
@@ -118,8 +118,8 @@ FIXED = ("env", "seed", "num_envs", "buffer_size", "hidden_dim", "critic_dim", "
 def parse_args():
     """Flags over PRESETS over the defaults, or over the settings of the run to resume."""
     first = machine.peek(env=Args.env, setting=None, resume=None)
-    env_id = first.env.lower().split(",")[0].strip()
-    settings = PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
+    env_id = first.env.lower().split(",")[0].strip().removeprefix("sc2:")
+    settings = settings_for(first.env) | PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
     if first.resume:
         settings = machine.settings_of(first.resume, Path(__file__).stem, Args.__annotations__)
     args = tyro.cli(Args, default=Args(**settings), description=__doc__)
@@ -483,7 +483,7 @@ if __name__ == "__main__":
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
         buffer.add(Batch(obs, state, avail_actions, info["actions"], reward, terminated, *final))
         done = terminated | truncated  # (B,)
-        ended = done.nonzero().squeeze(1)  # (E,), Python waits for the device here and in merge()
+        ended = (done & ~info["broken"]).nonzero().squeeze(1)  # (E,), Python waits here and in merge()
         if len(ended):
             for name, values in info["episode"].items():
                 recent[name].append(values[ended])

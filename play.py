@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from envs import evaluate, machine, make
+from envs import evaluate, machine, make, settings_for
 
 
 @dataclass
@@ -34,7 +34,8 @@ if __name__ == "__main__":
         machine.fail(f"{args.run} is a run of {checkpoint['program']}.py, which is not beside play.py")
     program = importlib.import_module(checkpoint["program"])
     settings = program.Args(**machine.settings_of(args.run, program.__name__, program.Args.__annotations__))
-    env_id, episodes = args.env or settings.env, args.episodes or settings.eval_episodes
+    env_id = args.env or settings.env
+    episodes = args.episodes or settings_for(env_id).get("eval_episodes", settings.eval_episodes)
     try:
         env = make(env_id, episodes, args.device, render=args.video, validate=False)
     except (RuntimeError, ValueError) as error:

@@ -22,6 +22,9 @@ latest.
 """
 OTHER = {
     "throughput": "Environment steps per second, beside SMAX",
+    "throughput_one_core": "Environment steps per second on one core, beside the torch engine",
+    "throughput_compiled": "The same beside the torch engine compiled, on one core and two",
+    "training_speed": "Wall-clock of a training run beside the torch engine's commit",
     "throughput_particles": "Environment steps per second of particle tasks, beside mpe2 and vmas",
     "update_speed": "Seconds of a training iteration, beside stand-ins of the official updates",
     "scripted": "Scripted teams on six maps",

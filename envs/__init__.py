@@ -40,6 +40,12 @@ def list_ids():
     return list(_REGISTRY)
 
 
+def settings_for(env_id):
+    """What a program's settings should be, by name, where an environment bears less than their defaults."""
+    clients = env_id.strip().lower().startswith("sc2:")  # of a gigabyte each
+    return dict(num_envs=8, eval_episodes=16) if clients else {}
+
+
 def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, **kwargs) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`; "auto": cuda if any.
 
@@ -50,10 +56,11 @@ def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, *
     `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal (with commas only in brackets), true or
     false in any case, or a bare word for a string, and a keyword argument wins over it.
     `make("pettingzoo:mpe2.simple_spread_v3")` plays any module that has PettingZoo's `parallel_env()`, which
-    gets the arguments that envs.pettingzoo does not know. Raises ValueError for an unknown id, for an
-    argument that is malformed, that the environment does not have or does not take, for less than one game,
-    for a GPU that this machine lacks and for the other kind of actions; whatever the game raises that draws
-    no pictures.
+    gets the arguments that envs.pettingzoo does not know; `make("sc2:mmm")` plays a map of SMAC in
+    StarCraft II itself. Raises ValueError for an unknown id, for an argument that is malformed, that the
+    environment does not have or does not take, for less than one game, for a GPU that this machine lacks, for
+    the other kind of actions and for a game that is not installed; whatever the game raises that draws no
+    pictures.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +68,8 @@ def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, *
     prefix, _, path = name.partition(":")
     foreign = prefix.lower() == "pettingzoo"
     registry = {name: ("envs.pettingzoo", "PettingZoo", {"path": path})} if foreign else _REGISTRY
+    if prefix.lower() == "sc2" and path:
+        registry = {f"sc2:{name}": ("envs.smac_sc2", "Sc2", {"map_name": name}) for name in _SMAC_MAPS}
     names = {known.lower(): known for known in registry}
     if name.lower() not in names:
         near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)

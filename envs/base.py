@@ -71,6 +71,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
         self._episode_return = torch.zeros(num_envs, device=self.device)  # (B,)
         self._episode_length = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # (B,)
         self._obs = self._state = self._avail_actions = None
+        self._whole = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # (B,), of no game broken
 
     def reset(self, *, seed=None, options=None):
         """Start every game anew. `seed` restarts the random stream. Returns obs (B, N, O) and {}."""
@@ -91,7 +92,9 @@ class VecEnv(gymnasium.vector.VectorEnv):
         hold what this step led to in every game, before any restart. `episode_return` and
         `episode_length` (B,) of info count the running episode up to and including this step, and so does
         `info["episode"]`, name -> (B,), of what is worth a chart: a `win_rate` too where games can be won.
-        `info["actions"]` are those played, which may be others than asked for.
+        `info["actions"]` are those played, which may be others than asked for. `info["broken"]` (B,) marks
+        steps that a game did not survive, which can only happen where a game is a program of its own:
+        truncated, reward 0, made up, so nothing to learn from and no episode to count.
         Raises RuntimeError before the first reset, ValueError for an action that the game does not allow.
         """
         if self._obs is None:
@@ -100,6 +103,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
             self._check(actions)
         obs, reward, terminated, truncated, info = self._step(actions)
         info.setdefault("actions", actions)
+        info.setdefault("broken", self._whole)
         names = dict(
             episodic_return="episode_return", episodic_length="episode_length", win_rate="battle_won"
         )

@@ -30,7 +30,7 @@ def evaluate(env, policy, video=None, stop=None):
 def _evaluate(env, policy, video, stop):
     obs, _ = env.reset(seed=SEED, options={"evaluation": True})
     running = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)  # (B,)
-    memory, results, frames = None, {}, []
+    counted, memory, results, frames = running, None, {}, []
     for _ in range(STEPS if env.episode_limit >= NO_LIMIT else env.episode_limit):
         if stop:
             return {}
@@ -40,9 +40,12 @@ def _evaluate(env, policy, video, stop):
             frames.append(Image.fromarray(np.asarray(env.render())))
         for name, value in info["episode"].items():
             results[name] = torch.where(running, value, results.get(name, value))  # (B,)
+        counted = counted & ~(running & info["broken"])
         running = running & ~(terminated | truncated)
         if not running.any():
             break
     if video:
         frames[0].save(video, save_all=True, append_images=frames[1:], duration=125, loop=0)
-    return {name: value.double().mean().item() for name, value in results.items()}
+    if not counted.any():  # every game broke
+        return {}
+    return {name: value[counted].double().mean().item() for name, value in results.items()}

@@ -60,7 +60,6 @@ SCALE_RATE = 20.0  # reward_scale_rate
 NO_ACTION = wp.constant(-1)  # last action of an episode that has just begun: a one-hot of zeros
 BLOCK = 32  # threads that share a game on a GPU
 GAMES_PER_THREAD = 32  # on a CPU: fewer are not worth another thread
-KEPT = ("units", "actions", "episode_return", "episode_length", "picture")  # of `Games`, beside what it shows
 GLYPHS = {"marine": "M", "marauder": "D", "stalker": "S", "zealot": "Z", "colossus": "C"}
 GLYPHS |= {"zergling": "z", "hydralisk": "H", "baneling": "b", "spinecrawler": "X", "medivac": "+"}
 
@@ -112,6 +111,7 @@ class Games:
     terminated: Flags
     truncated: Flags
     done: Flags  # either
+    broken: Flags  # the engine lost this step, which ends the episode as truncated; never set by ours
     # what the games show
     obs: FloatRows  # (B, N * O)
     state: FloatRows  # (B, S)
@@ -261,7 +261,8 @@ def judge(w: World, v: View, g: Games, b: int):
     g.dead_enemies[b] = wp.int64(w.n_units - w.n_agents - enemies)
     g.battle_won[b] = won
     g.terminated[b] = lost or won or tied
-    g.truncated[b] = not g.terminated[b] and g.episode_length[b] >= wp.int64(v.episode_limit)
+    late = g.broken[b] or g.episode_length[b] >= wp.int64(v.episode_limit)
+    g.truncated[b] = not g.terminated[b] and late
     g.done[b] = g.terminated[b] or g.truncated[b]
 
 
@@ -410,6 +411,7 @@ class Smac(VecEnv):
 
     bounded_features = True
     saved = ("_obs", "_state", "_avail_actions", "_pictured")
+    kept = ("units", "actions", "episode_return", "episode_length", "picture")  # likewise, of `_games`
     external = False  # in a subclass whose battles are played elsewhere: it fills `units` before the kernels
 
     def __init__(self, map_name, num_envs, device, seed, validate=True):
@@ -439,26 +441,32 @@ class Smac(VecEnv):
                 view_of = wp.from_torch(memory)
             memories[name] = memory
             setattr(games, name, view_of)
-        self._games = SimpleNamespace(**memories)
+        self._arrays, self._games = games, SimpleNamespace(**memories)
         self._episode_return, self._episode_length = memories["episode_return"], memories["episode_length"]
-        self._play, self._begin = (self._record(kernel, games) for kernel in (play, restart))
+        self._play, self._begin = (
+            [self._record(kernel, *part) for part in self._parts()] for kernel in (play, restart)
+        )
         self._pictured = None  # what the title of the picture says
 
-    def _record(self, kernel, games):
-        """Launches of a kernel for all games: one, or on a CPU one for each thread that has enough to do."""
+    def _parts(self):
+        """First game, end, World and View of each launch: one, or on a CPU one for each thread with work."""
         threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         parts = max(1, min(threads, self.num_envs // GAMES_PER_THREAD))
         edges = [self.num_envs * part // parts for part in range(parts + 1)]
+        return [(first, end, self.sim.world, self._view) for first, end in pairwise(edges)]
+
+    def _record(self, kernel, first, end, world, view):
+        """A launch of a kernel for the games from `first` to `end`."""
         options = dict(block_dim=BLOCK, device=self._wp_device, record_cmd=True)
-        inputs = [self.sim.world, self._view, games]
-        return [
-            wp.launch_tiled(kernel, dim=[end - first], inputs=[first, *inputs], **options)
-            for first, end in pairwise(edges)
-        ]
+        return wp.launch_tiled(
+            kernel, dim=[end - first], inputs=[first, world, view, self._arrays], **options
+        )
 
     def _launch(self, commands):
         if self.device.type == "cuda":
-            commands[0].launch(wp.stream_from_torch(self.device))
+            stream = wp.stream_from_torch(self.device)
+            for command in commands:
+                command.launch(stream)
         else:
             others = [_POOL.submit(command.launch) for command in commands[1:]]
             commands[0].launch()
@@ -482,10 +490,14 @@ class Smac(VecEnv):
         self._pictured = None
         return self._shown()
 
+    def _fight(self):
+        """What the battles of a step need before they are played or, by another engine, judged."""
+        torch.rand(self._games.delays.shape, generator=self.generator, out=self._games.delays)
+
     def _step(self, actions):
         g = self._games
         g.actions.copy_(actions)
-        torch.rand(g.delays.shape, generator=self.generator, out=g.delays)
+        self._fight()
         self._launch(self._play)
         names = ("battle_won", "dead_allies", "dead_enemies", "episode_return", "episode_length")
         info = {name: getattr(g, name).clone() for name in names}
@@ -498,11 +510,11 @@ class Smac(VecEnv):
         return self._obs, reward, terminated, truncated, info
 
     def state_dict(self):
-        return super().state_dict() | {name: getattr(self._games, name).clone() for name in KEPT}
+        return super().state_dict() | {name: getattr(self._games, name).clone() for name in self.kept}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for name in KEPT:
+        for name in self.kept:
             getattr(self._games, name).copy_(state[name])  # in place: recorded launches know the address
 
     @property

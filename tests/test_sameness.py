@@ -37,7 +37,7 @@ EVERYWHERE_IN_MAIN = [
 ]
 FAMILY_IN_MAIN = {
     "EPISODE": [("        # act, step", "        # update"), ("    progress = ", "        # act, step")],
-    "STEP": [("        ended = done", "            losses |= "), ("    progress = ", "        # act, step")],
+    "STEP": [("        ended = (done", "            losses |= "), ("    progress = ", "        # act, step")],
 }
 
 
@@ -97,4 +97,4 @@ def test_a_family_shares_what_it_can(family, one, other):
 def test_every_file_has_the_same_order(name):
     assert re.findall(r"^ *# ---- (.+) ----$", TEXT[name], flags=re.MULTILINE) == BANNERS
     local = re.findall(r"^(?:from|import) (?:envs|benchmark|tests).*$", TEXT[name], flags=re.MULTILINE)
-    assert local == ["from envs import Stream, evaluate, machine, make"]
+    assert local == ["from envs import Stream, evaluate, machine, make, settings_for"]
