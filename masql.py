@@ -100,7 +100,7 @@ PRESETS = {
         total_timesteps=15_000, num_envs=1, log_every=100, eval_every=1_000, eval_episodes=1, save_every=0,
         anneal_start=10_000, anneal_steps=1_500, reward_scale=0.1,
     ),
-    "aggregation": MPE | dict(eval_every=20_000, log_every=5_000, warmup_steps=100_000, update_every=128),
+    "aggregation": MPE | dict(eval_every=20_000, log_every=5_000, warmup_steps=100_000, update_every=192),
     "mill": MPE | dict(total_timesteps=60_000, batch_size=32, anneal_start=30_000, anneal_steps=10_000),
     "spread": MPE | dict(eval_every=20_000, gamma=0.95),
 }  # fmt: skip
