@@ -86,7 +86,7 @@ def test_what_was_handed_out_stays():
         copies += [x.clone() for x in kept[len(copies) :]]
     env.reset(seed=3)
     env.step(joint((5, 5), (5, 5)))
-    assert len(kept) == 29 and all(map(torch.equal, kept, copies))
+    assert len(kept) == 32 and all(map(torch.equal, kept, copies))
 
 
 def test_actions_are_checked():
