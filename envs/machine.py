@@ -168,13 +168,13 @@ def check_resumed(settings, fixed):
 # ---- the machine ----
 def require_memory(n_bytes, device, advice):
     """Fail with both sizes and `advice` where `n_bytes` more do not fit: else a killer comes hours later."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if n_bytes > free:
         sizes = f"{n_bytes / 2**30:.1f} GiB of memory on {device}, where {free / 2**30:.1f} GiB are free"
         fail(f"this needs {sizes}; {advice}")
 
 
-def _free_memory():
+def free_memory():
     """Bytes that this process may still take: of the machine, and of the container where there is one."""
     free = []
     with contextlib.suppress(OSError, ValueError):

@@ -48,7 +48,7 @@ from envs.smac_sim import (
     distance,
     obey,
     resolve,
-)  # fmt: skip
+)
 
 _DATA = Path(__file__).parent
 NO_OP, STOP, NORTH, SOUTH, EAST, WEST, FIRST_TARGET = range(7)  # 6 + k attacks enemy k, or heals agent k

@@ -29,6 +29,7 @@ import torch
 import warp as wp
 
 from envs.base import require_whole
+from envs.machine import free_memory
 from envs.smac import _DATA, DEATH_VALUE, FIRST_TARGET, UNIT, WIN_VALUE, Smac, _view, play, restart
 from envs.smac_sim import Kind, World
 
@@ -269,10 +270,3 @@ def find_game(map_name):
         raise ValueError(f"no map file {map_file}: unpack {archive} in {folder / 'Maps'}")
     libraries = ":".join(filter(None, [os.environ.get("LD_LIBRARY_PATH"), f"{folder}/Libs"]))
     return [str(program), "-dataDir", f"{folder}/"], {"LD_LIBRARY_PATH": libraries}, map_file
-
-
-def free_memory():
-    """Bytes that programs may still take, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

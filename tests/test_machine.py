@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, error):
 
 def test_free_memory_is_less_than_what_the_machine_has():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < machine._free_memory() <= total
+    assert 2**20 < machine.free_memory() <= total
     machine.require_memory(2**20, torch.device("cpu"), "")
     with pytest.raises(SystemExit, match=r"this needs 1048576.0 GiB of memory on cpu, where .*; buy some"):
         machine.require_memory(2**50, torch.device("cpu"), "buy some")
