@@ -38,7 +38,8 @@ def parse(program, monkeypatch):
 
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *flags])
-        return programs.MODULES[program].parse_args()
+        module = programs.MODULES[program]
+        return envs.machine.parse_args(module.Args, module.PRESETS, module.FIXED, module.__doc__)
 
     return parse
 
