@@ -11,42 +11,33 @@ policy follows the gradient of k_i Q_i, which the other agents' actions do not e
 B games or batch, N agents, A discrete actions, D action dimensions (A if discrete), O observation, S state,
 G networks, M inputs of a network.
 
-[DOP] has no code for it and contradicts itself: 250,000 transitions of replay and batches of 1024 in section
-5.2, 10,000 and 1250 in Appendix G.2; learning rates of 5e-3 and, four sentences on, 5e-4 in G.2.
-`--setting paper` takes section 5.2 and 5e-4, `--setting appendix` takes 10,000, 1250 and 5e-3.
+[DOP] has no code for it and contradicts itself on replay, batches and learning rates: `--setting paper` takes
+section 5.2 and the lower rates, `--setting appendix` takes Appendix G.2 and the higher ones.
 
 Differs from the paper:
 1. discrete actions are straight-through Gumbel-softmax samples at temperature 1, not at one near 0 (D.2);
-2. discount, share of target updates and noise, which are not in the paper, are those of the code of
-   stochastic DOP, of MADDPG and of [DDPG];
+2. discount, target updates and noise, not in the paper, are those of stochastic DOP, MADDPG and [DDPG];
 3. an episode ended by the clock bootstraps from its own last observation.
 
 Without `--setting` also, to learn in minutes on one core (docs/dop_deterministic.md):
-4. 32 games and an update every 32 steps, not one game and an update at every step;
-5. local critics of 64 units, not 256, and batches of 256;
-6. targets move by 0.05 and actors learn at 5e-5, slowly beside the critic (1e-3): RMSprop would otherwise
-   let the noise of an unlearnt critic drive them to their bounds.
+4. 32 games and an update every 32 steps, not one game and an update at every step; smaller critics, batches;
+5. faster targets, and actors that learn slowly beside the critic: RMSprop would otherwise let the noise of an
+   unlearnt critic drive them to their bounds.
 """
 
 import copy
-import math
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from envs import Stream, evaluate, machine, make, settings_for
+from envs import Stream, evaluate, machine, make
 
 
 # ---- settings ----
@@ -87,7 +78,7 @@ class Args:
     noise_theta: float = 0.15  # pull of this noise to 0 per step (section 7 of [DDPG]; 1: Gaussian noise)
 
     def __post_init__(self):
-        machine.check_numbers(vars(self), LIMITS)
+        machine.check_numbers(vars(self), noise_sigma=0, max_grad_norm=0)
         if self.buffer_size < self.num_envs:
             raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}")
 
@@ -117,23 +108,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 PRESETS |= {"aggregation_hard": PRESETS["aggregation"]}
-# of numbers, where an integer may be less than 1 or another number may leave 0 to 1
-LIMITS = {"seed": (0, 2**32 - 1)} | dict.fromkeys(("eval_every", "save_every", "warmup_steps"), (0, math.inf))
-LIMITS |= dict.fromkeys(("noise_sigma", "max_grad_norm"), (0, math.inf))
 # what cannot change in a resumed run: it decides shapes and meaning of what was saved
 FIXED = ("env", "seed", "setting", "num_envs", "buffer_size", "hidden_dim", "critic_hidden_dim")
-
-
-def parse_args():
-    """Flags over PRESETS over the defaults, or over the settings of the run to resume."""
-    first = machine.peek(env=Args.env, setting=None, resume=None)
-    env_id = first.env.lower().split(",")[0].strip().removeprefix("sc2:")
-    settings = settings_for(first.env) | PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
-    if first.resume:
-        settings = machine.settings_of(first.resume, Path(__file__).stem, Args.__annotations__)
-    args = tyro.cli(Args, default=Args(**settings), description=__doc__)
-    machine.check_resumed(vars(args), FIXED)
-    return args
 
 
 # ---- networks ----
@@ -251,7 +227,7 @@ class ReplayBuffer:
     def add(self, step):
         """Store a Batch with a transition of every game."""
         if self.steps is None:
-            row = sum(x[0].nbytes for x in step if x is not None)
+            row = sum(x.shape[1:].numel() * x.itemsize for x in step if x is not None)
             machine.require_memory(self.capacity * row, step.obs.device, "lower --buffer-size")
             self.steps = [x if x is None else x.new_empty(self.capacity, *x.shape[1:]) for x in step]
         slot = torch.arange(len(step.reward), device=step.reward.device) + self.n_steps  # (B,)
@@ -366,38 +342,17 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
     return losses | {"actor_loss": actor_loss.detach(), "grad_norm_actor": grad_norm_actor}
 
 
-# ---- logging ----
-def due(every, global_step, num_envs, last):
-    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
-    return every > 0 and (global_step % every < num_envs or last)
-
-
-def log(writer, global_step, **groups):
-    """Write numbers to TensorBoard; NaN or infinity ends the run, before it would be saved."""
-    for group, scalars in groups.items():
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                writer.close()
-                machine.fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
-            writer.add_scalar(f"{group}/{name}", value, global_step)
-
-
 if __name__ == "__main__":
     # ---- run ----
-    args = parse_args()
-    # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    # streams of their own for weights, games and exploration; 31 bits, as some games take no more
-    seeds = (np.random.SeedSequence(args.seed).generate_state(3) // 2).tolist()
+    args = machine.parse_args(Args, PRESETS, FIXED, __doc__)
+    seeds = machine.seeds(args.seed, 3)  # of weights, games and exploration
     torch.manual_seed(seeds[0])
-    try:
+    with machine.set_up():
         options = dict(device=args.device, validate=False)
         env = make(args.env, args.num_envs, seed=seeds[1], **options)
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    except (RuntimeError, ValueError) as error:
-        machine.fail(error)
     run = machine.open_folder(vars(args))
 
     # ---- networks and storage ----
@@ -413,15 +368,14 @@ if __name__ == "__main__":
     parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
 
     # ---- loop ----
-    progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_steps=0, memory=None, recent={})
+    progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_steps=0)
+    progress |= dict(memory=None, losses={}, recent={})
     if args.resume:
         progress = machine.load(run, parts, progress, env.device)
-    global_step, iteration, train_seconds, new_steps, memory, recent = progress.values()
-    losses, recent, stop = {}, defaultdict(list, recent), machine.catch_signals()
+    global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
         machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
-    writer = SummaryWriter(run, purge_step=global_step + 1)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=None)  # None: without a terminal
+    log, stop = machine.Log(run, args, global_step, recent), machine.catch_signals()
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()
@@ -439,14 +393,15 @@ if __name__ == "__main__":
 
         # store
         final = (info["final_obs"], info["final_state"], info["final_avail_actions"])
-        buffer.add(Batch(obs, state, avail_actions, info["actions"], reward, terminated, *final))
+        step = Batch(obs, state, avail_actions, info["actions"], reward, terminated, *final)
+        if env.external:  # the step of a game that broke is made up
+            step = Batch(*(x if x is None else x[~info["broken"]] for x in step))
+        buffer.add(step)
         done = terminated | truncated  # (B,)
         if memory is not None:
             memory = memory * ~done[:, None, None]
         ended = (done & ~info["broken"]).nonzero().squeeze(1)  # (E,), Python waits here and in merge()
-        if len(ended):
-            for name, values in info["episode"].items():
-                recent[name].append(values[ended])
+        log.add(args.num_envs, info["episode"], ended)
 
         # update
         updates, new_steps = divmod(new_steps + args.num_envs, args.update_every)
@@ -460,34 +415,21 @@ if __name__ == "__main__":
         train_seconds += time.perf_counter() - started
 
         # log, evaluate, save
-        bar.update(args.num_envs)
         last = global_step >= args.total_timesteps or bool(stop)
-        if due(args.log_every, global_step, args.num_envs, last):
-            charts = {name: torch.cat(x).double().mean().item() for name, x in recent.items()}
-            charts |= {"SPS": global_step / train_seconds}
-            numbers = torch.stack([*losses.values()]).tolist() if losses else ()  # all in one wait
-            named = dict(zip(losses, numbers, strict=True))
-            log(writer, global_step, losses=named, charts=charts | {"train_seconds": train_seconds})
-            bar.set_postfix(charts)
-            if bar.disable and not args.eval_every:
-                machine.say(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
-            recent.clear()
-        if due(args.eval_every, global_step, args.num_envs, last):
+        if machine.due(args.log_every, global_step, args.num_envs, last):
+            log.training(global_step, train_seconds, losses)
+        if machine.due(args.eval_every, global_step, args.num_envs, last):
             video = run / f"{global_step}.gif" if args.capture_video else None
-            if results := evaluate(eval_env, partial(act, actor), video, stop):  # none after Ctrl-C
-                log(writer, global_step, eval=results)
-                line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-                machine.say(f"step {global_step}, {global_step / train_seconds:.0f} steps/s, greedy {line}")
+            log.evaluation(global_step, train_seconds, evaluate(eval_env, partial(act, actor), video, stop))
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
-        progress |= dict(new_steps=new_steps, memory=memory, recent=dict(recent))
-        if due(args.save_every, global_step, args.num_envs, last=False):
-            writer.flush()  # what a resumed run will not write again
+        progress |= dict(new_steps=new_steps, memory=memory, losses=losses, recent=log.recent)
+        if machine.due(args.save_every, global_step, args.num_envs):
+            log.writer.flush()  # what a resumed run will not write again
             machine.save(run, vars(args), parts, progress)
 
     # ---- close ----
     machine.save(run, vars(args), parts, progress)
-    bar.close()
-    writer.close()
+    log.close()
     env.close()
     machine.say(f"saved {run}/model.pt of step {global_step}, after {iteration or 'no'} updates")
     if stop:

@@ -26,21 +26,16 @@ Without `--setting paper` also, to win in less time (docs/qmix.md):
 import copy
 import math
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from envs import Stream, evaluate, machine, make, settings_for
+from envs import Stream, evaluate, machine, make
 
 
 # ---- settings ----
@@ -77,7 +72,7 @@ class Args:
     target_period: int = 50  # gradient steps between two copies to the targets (200 in the official code)
 
     def __post_init__(self):
-        machine.check_numbers(vars(self), LIMITS)
+        machine.check_numbers(vars(self))
         if self.buffer_size < max(self.batch_size, self.num_envs):
             raise ValueError("--buffer-size is less than --batch-size or --num-envs")
 
@@ -90,22 +85,8 @@ PRESETS = {
         eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip
-# of numbers, where an integer may be less than 1 or another number may leave 0 to 1
-LIMITS = {"seed": (0, 2**32 - 1)} | dict.fromkeys(("eval_every", "save_every"), (0, math.inf))
 # what cannot change in a resumed run: it decides shapes and meaning of what was saved
 FIXED = ("env", "seed", "setting", "num_envs", "buffer_size", "hidden_dim", "embed_dim", "hyper_dim")
-
-
-def parse_args():
-    """Flags over PRESETS over the defaults, or over the settings of the run to resume."""
-    first = machine.peek(env=Args.env, setting=None, resume=None)
-    env_id = first.env.lower().split(",")[0].strip().removeprefix("sc2:")
-    settings = settings_for(first.env) | PRESETS.get(env_id, {}) | PRESETS.get(first.setting, {})
-    if first.resume:
-        settings = machine.settings_of(first.resume, Path(__file__).stem, Args.__annotations__)
-    args = tyro.cli(Args, default=Args(**settings), description=__doc__)
-    machine.check_resumed(vars(args), FIXED)
-    return args
 
 
 # ---- networks ----
@@ -306,38 +287,17 @@ def update(args, actor, mixer, actor_target, mixer_target, optimizer, batch):
     return logs | {"q_taken": q_tot.detach().mean(), "td_target": td_target.mean()}
 
 
-# ---- logging ----
-def due(every, global_step, num_envs, last):
-    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
-    return every > 0 and (global_step % every < num_envs or last)
-
-
-def log(writer, global_step, **groups):
-    """Write numbers to TensorBoard; NaN or infinity ends the run, before it would be saved."""
-    for group, scalars in groups.items():
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                writer.close()
-                machine.fail(f"{name} is {value} at step {global_step}; model.pt, if there, is from before")
-            writer.add_scalar(f"{group}/{name}", value, global_step)
-
-
 if __name__ == "__main__":
     # ---- run ----
-    args = parse_args()
-    # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    # streams of their own for weights, games and exploration; 31 bits, as some games take no more
-    seeds = (np.random.SeedSequence(args.seed).generate_state(3) // 2).tolist()
+    args = machine.parse_args(Args, PRESETS, FIXED, __doc__)
+    seeds = machine.seeds(args.seed, 3)  # of weights, games and exploration
     torch.manual_seed(seeds[0])
-    try:
+    with machine.set_up():
         options = dict(device=args.device, actions="discrete", validate=False)
         env = make(args.env, args.num_envs, seed=seeds[1], **options)
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    except (RuntimeError, ValueError) as error:
-        machine.fail(error)
     run = machine.open_folder(vars(args))
 
     # ---- networks and storage ----
@@ -354,18 +314,17 @@ if __name__ == "__main__":
     parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
 
     # ---- loop ----
-    progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_episodes=0, memory=None, recent={})
+    progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_episodes=0)
+    progress |= dict(memory=None, losses={}, recent={})
     if args.resume:
         progress = machine.load(run, parts, progress, env.device)
-    global_step, iteration, train_seconds, new_episodes, memory, recent = progress.values()
+    global_step, iteration, train_seconds, new_episodes, memory, losses, recent = progress.values()
     if args.resume and not buffer.steps:  # it has to see episodes from their start
         env.reset()
         new_episodes, memory = 0, None
-    losses, recent, stop = {}, defaultdict(list, recent), machine.catch_signals()
     if global_step + env.episode_limit * (needed - buffer.n_episodes) > args.total_timesteps:
         machine.say("this run may end before its first update: raise --total-timesteps")
-    writer = SummaryWriter(run, purge_step=global_step + 1)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=None)  # None: without a terminal
+    log, stop = machine.Log(run, args, global_step, recent), machine.catch_signals()
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()
@@ -389,9 +348,7 @@ if __name__ == "__main__":
         step |= dict(actions=actions, reward=reward, terminated=terminated)
         buffer.add(step, info, ended)
         memory = (actions.masked_fill(done[:, None], -1), memory[1] * ~done[:, None, None])
-        if len(ended):
-            for name, values in info["episode"].items():
-                recent[name].append(values[ended])
+        log.add(args.num_envs, info["episode"], ended)
         new_episodes += len(ended)
 
         # update
@@ -406,34 +363,21 @@ if __name__ == "__main__":
         train_seconds += time.perf_counter() - started
 
         # log, evaluate, save
-        bar.update(args.num_envs)
         last = global_step >= args.total_timesteps or bool(stop)
-        if due(args.log_every, global_step, args.num_envs, last):
-            charts = {name: torch.cat(x).double().mean().item() for name, x in recent.items()}
-            charts |= {"SPS": global_step / train_seconds, "epsilon": epsilon}
-            numbers = torch.stack([*losses.values()]).tolist() if losses else ()  # all in one wait
-            named = dict(zip(losses, numbers, strict=True))
-            log(writer, global_step, losses=named, charts=charts | {"train_seconds": train_seconds})
-            bar.set_postfix(charts)
-            if bar.disable and not args.eval_every:
-                machine.say(f"step {global_step}, " + ", ".join(f"{x} {y:.2f}" for x, y in charts.items()))
-            recent.clear()
-        if due(args.eval_every, global_step, args.num_envs, last):
+        if machine.due(args.log_every, global_step, args.num_envs, last):
+            log.training(global_step, train_seconds, losses, epsilon=epsilon)
+        if machine.due(args.eval_every, global_step, args.num_envs, last):
             video = run / f"{global_step}.gif" if args.capture_video else None
-            if results := evaluate(eval_env, partial(act, actor), video, stop):  # none after Ctrl-C
-                log(writer, global_step, eval=results)
-                line = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-                machine.say(f"step {global_step}, {global_step / train_seconds:.0f} steps/s, greedy {line}")
+            log.evaluation(global_step, train_seconds, evaluate(eval_env, partial(act, actor), video, stop))
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
-        progress |= dict(new_episodes=new_episodes, memory=memory, recent=dict(recent))
-        if due(args.save_every, global_step, args.num_envs, last=False):
-            writer.flush()  # what a resumed run will not write again
+        progress |= dict(new_episodes=new_episodes, memory=memory, losses=losses, recent=log.recent)
+        if machine.due(args.save_every, global_step, args.num_envs):
+            log.writer.flush()  # what a resumed run will not write again
             machine.save(run, vars(args), parts, progress)
 
     # ---- close ----
     machine.save(run, vars(args), parts, progress)
-    bar.close()
-    writer.close()
+    log.close()
     env.close()
     machine.say(f"saved {run}/model.pt of step {global_step}, after {iteration or 'no'} updates")
     if stop:

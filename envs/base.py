@@ -37,6 +37,7 @@ class VecEnv(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.SAME_STEP}
     render_mode = "rgb_array"
     action_bias = None  # (A,) to add to the logits of an untrained policy, where a game asks for one
+    external = False  # whether each game is a program of its own, which may break
     bounded_features = False  # whether observations and state stay within about 1, so that 16 bits hold them
     saved = ("_episode_return", "_episode_length", "_obs", "_state", "_avail_actions")
 

@@ -1,4 +1,4 @@
-"""What a long run needs of the machine: a folder of its own, whole files, memory, signals, an open output.
+"""What a long run needs besides games: settings, a folder of its own, whole files, memory, signals, curves.
 
 Nothing here knows what is learnt. What goes wrong ends the program with one sentence.
 """
@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +31,25 @@ _LOCKS = []  # open files, whose locks end with this process
 def fail(reason):
     """Leave with an exit code, or with one sentence on stderr and exit code 1."""
     sys.exit(reason if type(reason) is int else f"{Path(sys.argv[0]).name}: {' '.join(str(reason).split())}")
+
+
+@contextlib.contextmanager
+def set_up():
+    """What a wrong setting breaks within ends the program with one sentence, and so does Ctrl-C."""
+    # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        say("stopped before the first step: there is nothing to save")
+        fail(130)
+
+
+def seeds(seed, n):
+    """n numbers from one, for random streams of their own; 31 bits, as some games take no more."""
+    return (np.random.SeedSequence(seed).generate_state(n) // 2).tolist()
 
 
 class Stream(torch.Generator):
@@ -112,25 +132,41 @@ def load(folder, parts, progress, device):
                 checkpoint[name]["param_groups"] = part.state_dict()["param_groups"]
             if name != "buffer" or name in checkpoint:
                 part.load_state_dict(checkpoint[name])
-        progress = {name: checkpoint[name] for name in progress}
+        progress = {name: checkpoint.get(name, value) for name, value in progress.items()}
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"{folder}/model.pt does not fit: {error}")
-    anew = (
-        ""
-        if "buffer" in parts.keys() & checkpoint.keys()
-        else "; the replay fills anew, as it was not saved (--save-replay)"
-    )
+    saved = "buffer" in parts.keys() & checkpoint.keys()
+    anew = "" if saved else "; the replay fills anew, as it was not saved (--save-replay)"
     say(f"resumed at step {progress['global_step']}{anew}")
     return progress
 
 
 # ---- settings ----
-def peek(**defaults):
-    """The values of a few flags of the command line, before all of it can be read."""
+def settings_for(env_id):
+    """What a program's settings should be, by name, where an environment bears less than their defaults."""
+    clients = env_id.strip().lower().startswith("sc2:")  # of a gigabyte each
+    return dict(num_envs=8, eval_episodes=16) if clients else {}
+
+
+def parse_args(Args, presets, fixed, description):
+    """The program's settings: flags over `presets` over defaults, or over the settings of a run to resume.
+
+    `presets`: environment id or choice of --setting, which wins -> what differs from the defaults of `Args`;
+    `fixed`: names of what cannot change in a resumed run.
+    """
+    import tyro  # here, as `import envs` shall stay fast
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default)
-    return parser.parse_known_args()[0]
+    for name in ("env", "setting", "resume"):  # they decide the defaults of all others
+        parser.add_argument(f"--{name}", default=getattr(Args, name, None))
+    first = parser.parse_known_args()[0]
+    env_id = first.env.lower().split(",")[0].strip().removeprefix("sc2:")
+    settings = settings_for(first.env) | presets.get(env_id, {}) | presets.get(first.setting, {})
+    if first.resume:
+        settings = settings_of(first.resume, Path(sys.argv[0]).stem, Args.__annotations__)
+    args = tyro.cli(Args, default=Args(**settings), description=description)
+    check_resumed(vars(args), fixed)
+    return args
 
 
 def settings_of(folder, program, names):
@@ -143,10 +179,13 @@ def settings_of(folder, program, names):
     return checkpoint["args"]
 
 
-def check_numbers(settings, limits):
-    """ValueError for a number out of its limits: at least 1 for integers, 0 to 1 for others, unless given."""
+def check_numbers(settings, **least):
+    """ValueError for integers below 1 and other numbers out of 0 to 1; by name, for those below `least`."""
+    least = dict(seed=0, eval_every=0, save_every=0) | least
     for name, value in settings.items():
-        low, high = limits.get(name, (1, math.inf) if type(value) is int else (0, 1))
+        low, high = (1, math.inf) if type(value) is int else (0, 1)
+        if name in least:
+            low, high = least[name], math.inf
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
             wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
@@ -163,6 +202,67 @@ def check_resumed(settings, fixed):
             fail(f"{folder} has the {name} {old}, which cannot become {new}")
     if (step := checkpoint["global_step"]) >= settings["total_timesteps"]:
         fail(f"{folder} is at step {step} already; raise --total-timesteps to go on")
+
+
+# ---- logging ----
+def due(every, step, num_envs, last=False):
+    """Whether an interval of `every` steps (0: never) ended within the latest `num_envs`, or the run does."""
+    return every > 0 and (step % every < num_envs or last)
+
+
+class Log:
+    """What a run tells: curves in TensorBoard, a progress bar and, where nothing else prints, lines.
+
+    NaN or infinity in a curve ends the run, before it would be saved.
+    """
+
+    def __init__(self, folder, args, step, recent):
+        from torch.utils.tensorboard import SummaryWriter  # here, as it takes seconds to load
+
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)  # None: without a terminal
+        self.prints = self.bar.disable and not args.eval_every
+        self.recent = recent  # name -> of episodes that ended since the last point of charts, list of (E,)
+
+    def add(self, num_envs, episode, ended):
+        """Count a step of `num_envs` games, which ended the episodes of the games `ended` (E,)."""
+        self.bar.update(num_envs)
+        if len(ended):
+            for name, values in episode.items():  # (B,)
+                self.recent.setdefault(name, []).append(values[ended])
+
+    def training(self, step, seconds, losses, **charts):
+        """A point of all losses and charts: means over the recent episodes, speed, and those of `charts`."""
+        numbers = torch.stack([*losses.values()]).tolist() if losses else ()  # all in one wait
+        means = {name: torch.cat(x).double().mean().item() for name, x in self.recent.items()}
+        charts = means | {"SPS": step / seconds} | charts
+        self._write(step, "losses", dict(zip(losses, numbers, strict=True)))
+        self._write(step, "charts", charts | {"train_seconds": seconds})
+        self.bar.set_postfix(charts)
+        if self.prints:
+            say(f"step {step}, {_line(charts)}")
+        self.recent.clear()
+
+    def evaluation(self, step, seconds, results):
+        """A point and a line of what an evaluation gave; nothing after Ctrl-C."""
+        if results:
+            self._write(step, "eval", results)
+            say(f"step {step}, {step / seconds:.0f} steps/s, greedy {_line(results)}")
+
+    def _write(self, step, group, numbers):
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                self.writer.close()
+                fail(f"{name} is {value} at step {step}; model.pt, if there, is from before")
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self):
+        self.bar.close()
+        self.writer.close()
+
+
+def _line(numbers):
+    return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
 
 
 # ---- the machine ----

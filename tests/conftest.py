@@ -38,7 +38,8 @@ def parse(program, monkeypatch):
 
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *flags])
-        return programs.MODULES[program].parse_args()
+        module = programs.MODULES[program]
+        return envs.machine.parse_args(module.Args, module.PRESETS, module.FIXED, module.__doc__)
 
     return parse
 
@@ -73,7 +74,8 @@ def script(monkeypatch, capsys):
     def script(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, or behind &
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 0
         try:
             runpy.run_path(str(Path(programs.__file__).parents[1] / f"{name}.py"), run_name="__main__")

@@ -39,7 +39,8 @@ class Troubled(VecEnv):
 
     It is "interrupt" (Ctrl-C), "kill", "hangup" (a closed terminal), "break" (an error of the game), "nan"
     (rewards of that step), "blind" (no pictures at all), or, of evaluations, "interrupt_evaluation" at its
-    step 3, after which it never ends.
+    step 3, after which it never ends. "early" is Ctrl-C before any step. "lost" are games that break while
+    others go on: all in the first step, then one in every seventh.
     """
 
     saved = (*VecEnv.saved, "time", "steps")
@@ -48,7 +49,9 @@ class Troubled(VecEnv):
         limit = NO_LIMIT if trouble == "interrupt_evaluation" else self.LIMIT
         super().__init__(num_envs, N, self.OBS, self.S, limit, space, device, seed, trouble != "nan")
         self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
-        self.trouble, self.steps = trouble, 0
+        self.trouble, self.steps, self.external = trouble, 0, trouble == "lost"
+        if trouble == "early":
+            os.kill(os.getpid(), signal.SIGINT)
         self.evaluates = False
 
     def reset(self, *, seed=None, options=None):
@@ -71,7 +74,17 @@ class Troubled(VecEnv):
             raise RuntimeError("the game broke")
         if self.steps == 60 and self.trouble == "nan":
             reward = reward * float("nan")
-        return reward, torch.rand(self.num_envs, generator=self.generator) < chance
+        over = torch.rand(self.num_envs, generator=self.generator) < chance
+        if self.external:
+            self.broken = torch.full((self.num_envs,), self.steps == 1)  # (B,)
+            self.broken[1] |= self.steps % 7 == 0
+            self._episode_length = torch.where(self.broken, self.LIMIT, self._episode_length)  # truncated
+            reward[self.broken], over = 0, over & ~self.broken
+        return reward, over
+
+    def _step(self, actions):
+        *shown, info = super()._step(actions)
+        return *shown, info | ({"broken": self.broken} if self.external else {})
 
 
 class Toy(Troubled):
@@ -143,7 +156,7 @@ class Aim(Troubled):
         result = super().step(actions)
         info = result[-1]
         after = info["final_obs"], info["final_state"], None, info["agent_rewards"], result[3]
-        self.log.append((*before, *result[1:3], *after))
+        self.log.append((*before, *result[1:3], *after, info["broken"]))
         return result
 
     def close(self, **_):
@@ -159,7 +172,17 @@ class Aim(Troubled):
 # environment id -> class and arguments
 TOYS = {"toy": ("Toy", {}), "Toy2": ("Toy", {}), "continuous": ("Toy", {"continuous": True})}
 TOYS |= {"aim": ("Aim", {}), "boundless": ("Aim", {"bounded": False})}
-for _trouble in ("interrupt", "interrupt_evaluation", "kill", "hangup", "break", "blind", "nan"):
+for _trouble in (
+    "interrupt",
+    "interrupt_evaluation",
+    "kill",
+    "hangup",
+    "break",
+    "blind",
+    "nan",
+    "early",
+    "lost",
+):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 
 

@@ -121,13 +121,21 @@ def test_a_run_learns_writes_and_prints(run, program, share, flags):
 def check_stored(rewards):
     """The buffer of the latest run holds what its games did; log column `rewards` is the reward."""
     log, buffer = Aim.last.log, Aim.program["buffer"]
-    assert buffer.n_steps == 4 * len(log) <= buffer.capacity
+    whole = ~torch.cat([row[11] for row in log])  # (steps * B,)
+    assert buffer.n_steps == whole.sum() <= buffer.capacity
     terminated, truncated = (torch.stack([row[x] for row in log]) for x in (5, 10))
     assert terminated.any() and truncated.any()
     columns = [0, 1, 2, 3, rewards, 5, 6, 7, 8]
     for stored, column in zip(buffer.steps, columns, strict=True):
         if log[0][column] is not None:
-            assert torch.equal(stored[: buffer.n_steps], torch.cat([row[column] for row in log]))
+            assert torch.equal(stored[: buffer.n_steps], torch.cat([row[column] for row in log])[whole])
+
+
+@pytest.mark.parametrize("program", STEP)
+def test_the_made_up_step_of_a_game_that_broke_is_not_learnt_from(run, program):
+    assert run("--eval-every", "0", env="aim_lost")[0] == 0
+    assert sum(row[11].sum() for row in Aim.last.log) == 4 + 14
+    check_stored(rewards=4)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +236,9 @@ def test_resume_restores_and_goes_on(run, program):
     after = checkpoint(folder)
     assert all(same(after[part], before[part]) for part in (*PARTS[program], "iteration"))
     assert after["global_step"] == 404 and not same(after["env"], before["env"])
+    losses = {tag: points for tag, points in scalars(folder).items() if tag.startswith("losses/")}
+    assert losses.keys() == {f"losses/{name}" for name in LOSSES[program]}
+    assert {points[-1][0] for points in losses.values()} == {404}
 
     flags = ("--total-timesteps", "800", f"--{name.replace('_', '-')}", "0.125")
     code, _, same_folder = run("--resume", folder, *flags, env=None)
@@ -377,6 +388,13 @@ def test_ctrl_c_and_kill_save_and_leave(run, program, trouble, step):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_before_the_first_step_leaves_with_a_sentence(run, program):
+    code, out, folder = run(env=f"{toy_of(program)}_early")
+    assert code == 130 and folder is None
+    assert out == "stopped before the first step: there is nothing to save\n"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_game_that_breaks_costs_no_training(run, program):
     code, out, folder = run("--total-timesteps", "4000", env=f"{toy_of(program)}_break")
     assert code == f"{program}.py: the game broke" and f"saved {folder}/model.pt of step 236" in out
@@ -408,7 +426,7 @@ MISTAKES = {  # what comes behind which flags
     PROGRAMS: {
         "--num-envs 0": "--num-envs must be at least 1",
         "--resume nowhere": "nowhere has no model.pt: it is no run folder",
-        "--seed 18446744073709551616": "--seed must be from 0 to ",
+        "--seed -1": "--seed must be at least 0",
         "--run-dir /dev/null": "cannot write the run folder: ",
         "--env mmmm": "unknown environment 'mmmm'",
     },
