@@ -47,6 +47,7 @@ from envs.smac_sim import (
     decide,
     distance,
     obey,
+    place_of,
     resolve,
 )
 
@@ -183,7 +184,7 @@ def show_moves(w: World, v: View, u: Game, i: int, obs: Floats, avail: Flags):
     alive = u[i].hp > 0.0
     avail[at + NO_OP] = not alive
     avail[at + STOP] = alive
-    here = cell_of(u[i].x, u[i].y)
+    here = cell_of(place_of(u, i))
     for k in range(4):
         free = alive and v.free_moves[here, k]
         avail[at + NORTH + k] = free
