@@ -79,6 +79,10 @@ class Unit:
     health: float  # life and shield before this env step, for the reward
 
 
+UNIT = np.dtype(Unit.numpy_dtype())
+Game = wp.array(dtype=Unit)  # (U,)
+
+
 @wp.struct
 class Kind:
     """Constants of unit i of a map."""
@@ -124,14 +128,14 @@ class World:
     heal_cost: float  # energy per life
     energy_max: float
     energy_regen: float
+    draws_goal: bool  # the enemies' attack point lies anew between two points in every battle
+    goal_from: wp.vec2
+    goal_to: wp.vec2
+    fresh: Game  # (U,), the start of a battle
     kind: wp.array(dtype=Kind)  # (U,)
     pair: wp.array2d(dtype=Pair)  # (U, U)
     walkable: wp.array2d(dtype=wp.bool)  # (3, C), by layer
     waypoints: wp.array2d(dtype=wp.int16)  # (C, C) cell to head for, by goal and place, -1 = straight on
-
-
-UNIT = np.dtype(Unit.numpy_dtype())
-Game = wp.array(dtype=Unit)  # (U,)
 
 
 # ---- distances ----
@@ -168,6 +172,15 @@ def cell_of(place: wp.vec2):
 
 
 # ---- orders ----
+@wp.func
+def begin(w: World, u: Game, i: int, share: float):
+    """Unit i at the start of a battle; `share` in [0, 1) decides the attack point where it is drawn anew."""
+    u[i] = w.fresh[i]
+    if w.draws_goal:
+        u[i].goal_x = share * w.goal_from[0] + (1.0 - share) * w.goal_to[0]
+        u[i].goal_y = share * w.goal_from[1] + (1.0 - share) * w.goal_to[1]
+
+
 @wp.func
 def obey(w: World, u: Game, i: int, action: int):
     """An agent's order: 0 no-op, 1 stop, 2-5 north south east west, 6 + k attack enemy k or heal agent k."""
@@ -443,13 +456,12 @@ class BattleSim:
     """
 
     def __init__(self, map_name, device="cpu"):
-        battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
+        battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
         stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
         n = self.n_agents = battle["n_agents"]
         self.n_enemies, self.n_units = battle["n_enemies"], n + battle["n_enemies"]
         self.walkable = walkable_cells(battle["terrain"])
         order = battle["enemy_order"]
-        self.goal_between = order.get("between")
 
         # spawn points: agents by type in the map's order, then by x and y; enemies as created
         placed = place_units(battle["ally_spawns"] + battle["enemy_spawns"], stats, self.walkable)
@@ -508,6 +520,9 @@ class BattleSim:
         w.n_agents, w.n_units = n, self.n_units
         w.heal_rate, w.heal_cost = medivac["heal"]["rate_hp_per_loop"], medivac["heal"]["energy_per_hp"]
         w.energy_max, w.energy_regen = medivac["energy"]["max"], medivac["energy"]["regen_per_loop"]
+        if "between" in order:
+            w.draws_goal, (w.goal_from, w.goal_to) = True, order["between"]
+        w.fresh = wp.array(self.fresh, dtype=Unit, device=device)
         w.kind = wp.array(self.kinds, dtype=Kind, device=device)
         w.pair = wp.array(self.pairs, dtype=Pair, device=device)
         w.is_box = bool(self.walkable[low[0] : high[0], low[1] : high[1]].all())
