@@ -1,22 +1,14 @@
 """SMAC's interface, exact: masks, observations, state, reward and ends of the 23 maps, as Warp kernels.
 
 Source: smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33 with default arguments. The functions below
-name the method that they follow; the tests compare them with its outputs. The battle itself comes from an
-engine (`smac_sim.py`) that plays on (B, U) records of units; the interface only reads them.
+name the method that they follow; the tests compare them with its outputs. docs/envs.md lists which of its
+quirks are kept and which are not. The battle itself comes from an engine (`smac_sim.py`) that plays on (B, U)
+records of units; the interface only reads them.
 
     env = make("mmm", num_envs=32, device="cuda", seed=1)
 
 Letters: B games, N agents, M enemies, U = N + M units (agents first, both in id order), A = 6 + M actions,
 O observation, S state, K type bits, C terrain cells; w and v constants of the map, u the units of one game.
-
-Kept, though odd: the team is paid |net change| of the enemies' hp and shields, so their healing pays too;
-type bits of enemy stalkers and zealots are reversed; a medivac's first feature about enemy k is whether
-agent k can be healed; the cooldown feature may exceed 1; MMM is lost once only the medivac is left, or both
-sides are dead.
-Differs from the original, where it has plain bugs:
-1. max_reward is counted once (there, once for every pass of the loop that waits for units).
-2. A tie ends the episode and a fresh battle follows (there, the battle respawned within the step goes on).
-3. `truncated` tells a timeout from an end (there, one flag for both).
 """
 
 import functools
@@ -35,20 +27,9 @@ import torch
 import warp as wp
 from gymnasium import spaces
 
+from envs import smac_sim as engine
 from envs.base import VecEnv
-from envs.smac_sim import (
-    LOOPS_PER_STEP,
-    UNIT,
-    BattleSim,
-    Game,
-    Unit,
-    World,
-    cell_of,
-    decide,
-    distance,
-    obey,
-    resolve,
-)
+from envs.smac_sim import LOOPS_PER_STEP, UNIT, Game, Unit, World
 
 _DATA = Path(__file__).parent
 NO_OP, STOP, NORTH, SOUTH, EAST, WEST, FIRST_TARGET = range(7)  # 6 + k attacks enemy k, or heals agent k
@@ -64,8 +45,8 @@ GLYPHS = {"marine": "M", "marauder": "D", "stalker": "S", "zealot": "Z", "coloss
 GLYPHS |= {"zergling": "z", "hydralisk": "H", "baneling": "b", "spinecrawler": "X", "medivac": "+"}
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 1, "fuse_fp": False})
-Floats, Ints, Flags = (wp.array(dtype=dtype) for dtype in (float, wp.int64, wp.bool))
-FloatRows, IntRows, FlagRows = (wp.array2d(dtype=dtype) for dtype in (float, wp.int64, wp.bool))
+Floats, Flags = wp.array(dtype=float), wp.array(dtype=wp.bool)
+Ints = wp.array(dtype=wp.int64)
 
 
 @wp.struct
@@ -74,22 +55,14 @@ class View:
 
     ally_shields: int  # 1 if rows about agents have a slot for the shield: their race is P
     enemy_shields: int
-    is_mmm: bool  # map type MMM: medivacs heal, and do not hold a battle alone
+    n_bits: int  # K
+    is_mmm: bool  # map type MMM: medivacs do not hold a battle alone
     reward_scale: float
     episode_limit: int
-    n_bits: int  # K
-    n_actions: int  # A
-    obs_dim: int  # O
-    state_dim: int  # S
     external: bool  # another engine plays the battles and fills the units, `health` too
-    draws_goal: bool  # the enemies' attack point lies anew between two points in every battle
-    goal_from: wp.vec2
-    goal_to: wp.vec2
-    fresh: Game  # (U,), the start of a battle
-    shield_max: Floats  # (U,), at least 1
     charge_max: Floats  # (U,) weapon period in loops by SMAC's own table; a medivac's energy
-    type_bits: FloatRows  # (U, K)
-    free_moves: FlagRows  # (C, 4), whether the cell north, south, east, west of each is walkable
+    type_bits: wp.array2d(dtype=float)  # (U, K)
+    free_moves: wp.array2d(dtype=wp.bool)  # (C, 4), whether the cell north, south, east, west is walkable
 
 
 @wp.struct
@@ -97,7 +70,7 @@ class Games:
     """All that changes, of B games."""
 
     units: wp.array2d(dtype=Unit)  # (B, U)
-    actions: IntRows  # (B, N), NO_ACTION at the start of a battle
+    actions: wp.array2d(dtype=wp.int64)  # (B, N), NO_ACTION at the start of a battle
     delays: wp.array3d(dtype=float)  # (loops, B, U) uniform in [0, 1), of the shots
     shares: Floats  # (B,) uniform in [0, 1), of the attack points
     picture: Game  # (U,) game 0 after the latest step
@@ -113,30 +86,29 @@ class Games:
     done: Flags  # either
     broken: Flags  # the engine lost this step, which ends the episode as truncated; never set by ours
     # what the games show
-    obs: FloatRows  # (B, N * O)
-    state: FloatRows  # (B, S)
-    avail_actions: FlagRows  # (B, N * A)
+    obs: wp.array3d(dtype=float)  # (B, N, O)
+    state: wp.array2d(dtype=float)  # (B, S)
+    avail_actions: wp.array3d(dtype=wp.bool)  # (B, N, A)
 
 
 # ---- what a battle shows ----
 @wp.func
-def can_act_on(w: World, v: View, u: Game, i: int, k: int):
+def can_act_on(w: World, u: Game, i: int, k: int):
     """Whether action 6 + k of agent i is available. get_avail_agent_actions."""
     j = w.n_agents + k
-    if v.is_mmm and w.kind[i].medic:  # heals agent k
-        if k >= w.n_agents:
-            return False
-        if w.kind[k].medic:
+    if w.kind[i].medic:  # heals agent k
+        if k >= w.n_agents or w.kind[k].medic:
             return False
         j = k
-    return u[i].hp > 0.0 and u[j].hp > 0.0 and distance(u, i, j) <= REACH
+    return u[i].hp > 0.0 and u[j].hp > 0.0 and engine.distance(u, i, j) <= REACH
 
 
 @wp.func
-def show_body(w: World, v: View, u: Game, j: int, shields: int, shown: float, row: Floats, at: int):
+def show_body(w: World, v: View, u: Game, j: int, shown: float, row: Floats, at: int):
     """Shield, where rows have one, and type bits of unit j from `row[at]` on; `shown` 0 blots them out."""
+    shields = wp.where(j < w.n_agents, v.ally_shields, v.enemy_shields)
     if shields > 0:
-        row[at] = shown * u[j].shield / v.shield_max[j]
+        row[at] = shown * u[j].shield / w.kind[j].shield_max
     k = wp.int32(0)
     while k < v.n_bits:
         row[at + shields + k] = shown * v.type_bits[j, k]
@@ -145,59 +117,54 @@ def show_body(w: World, v: View, u: Game, j: int, shields: int, shown: float, ro
 
 @wp.func
 def show_unit(w: World, v: View, u: Game, i: int, j: int, obs: Floats, avail: Flags):
-    """What agent i sees of unit j, a row of obs (N * O,), and the mask of an enemy. get_obs_agent."""
+    """What agent i sees of unit j, a row of its obs (O,), and its mask (A,) of an enemy. get_obs_agent."""
     n = w.n_agents
-    ally_row = 5 + v.ally_shields + v.n_bits
     enemy_row = 5 + v.enemy_shields + v.n_bits
-    away = distance(u, i, j)
+    way = engine.place_of(u, j) - engine.place_of(u, i)
+    away = wp.length(way)
     shown = float(u[i].hp > 0.0 and u[j].hp > 0.0 and away < SIGHT)
     first = float(shown)
-    shields = v.ally_shields
-    at = (i + 1) * v.obs_dim - (ally_row - 4)  # the own row is the last and has no position
+    at = 4 + (j - n) * enemy_row  # behind the moves: enemies, other agents, and itself without a position
     if j >= n:
-        can_act = can_act_on(w, v, u, i, j - n)
-        avail[i * v.n_actions + FIRST_TARGET + j - n] = can_act
+        can_act = can_act_on(w, u, i, j - n)
+        avail[FIRST_TARGET + j - n] = can_act
         first *= float(can_act)
-        shields = v.enemy_shields
-        at = i * v.obs_dim + 4 + (j - n) * enemy_row
-    elif j != i:
-        at = i * v.obs_dim + 4 + (w.n_units - n) * enemy_row + wp.where(j > i, j - 1, j) * ally_row
+    else:
+        rank = wp.where(j == i, n - 1, wp.where(j > i, j - 1, j))
+        at = 4 + (w.n_units - n) * enemy_row + rank * (5 + v.ally_shields + v.n_bits)
     if j != i:
         scale = shown / SIGHT
         obs[at] = first
         obs[at + 1] = scale * away
-        obs[at + 2] = scale * (u[j].x - u[i].x)
-        obs[at + 3] = scale * (u[j].y - u[i].y)
+        obs[at + 2] = scale * way[0]
+        obs[at + 3] = scale * way[1]
         at += 4
     obs[at] = shown * u[j].hp / w.kind[j].hp_max
-    show_body(w, v, u, j, shields, shown, obs, at + 1)
+    show_body(w, v, u, j, shown, obs, at + 1)
 
 
 @wp.func
-def show_moves(w: World, v: View, u: Game, i: int, obs: Floats, avail: Flags):
+def show_moves(v: View, u: Game, i: int, obs: Floats, avail: Flags):
     """Whether agent i can stop and move, in its mask and in obs. get_avail_agent_actions, can_move.
 
     A move is tested one cell away, for flyers too, although the order goes two; units do not block it.
     """
-    at = i * v.n_actions
     alive = u[i].hp > 0.0
-    avail[at + NO_OP] = not alive
-    avail[at + STOP] = alive
-    here = cell_of(u[i].x, u[i].y)
+    avail[NO_OP] = not alive
+    avail[STOP] = alive
+    here = engine.cell_of(engine.place_of(u, i))
     for k in range(4):
-        free = alive and v.free_moves[here, k]
-        avail[at + NORTH + k] = free
-        obs[i * v.obs_dim + k] = float(free)
+        avail[NORTH + k] = alive and v.free_moves[here, k]
+        obs[k] = float(avail[NORTH + k])
 
 
 @wp.func
 def show_in_state(w: World, v: View, u: Game, i: int, last_actions: Ints, state: Floats):
     """Unit i in state (S,): its row, and an agent's last action (N,). get_state."""
-    n = w.n_agents
+    n, m = w.n_agents, w.n_units - w.n_agents
     ally_row = 4 + v.ally_shields + v.n_bits
     enemy_row = 3 + v.enemy_shields + v.n_bits
     shown = float(u[i].hp > 0.0)
-    shields = wp.where(i < n, v.ally_shields, v.enemy_shields)
     at = wp.where(i < n, i * ally_row, n * ally_row + (i - n) * enemy_row)
     state[at] = shown * u[i].hp / w.kind[i].hp_max
     if i < n:
@@ -205,11 +172,11 @@ def show_in_state(w: World, v: View, u: Game, i: int, last_actions: Ints, state:
         state[at] = shown * wp.where(w.kind[i].medic, u[i].energy, u[i].cooldown) / v.charge_max[i]
     state[at + 1] = shown * (u[i].x - 16.0) / 32.0  # from the centre in map sizes
     state[at + 2] = shown * (u[i].y - 16.0) / 32.0
-    show_body(w, v, u, i, shields, shown, state, at + 3)
+    show_body(w, v, u, i, shown, state, at + 3)
     if i < n:
-        at = n * ally_row + (w.n_units - n) * enemy_row + i * v.n_actions
-        for k in range(v.n_actions):
-            state[at + k] = float(int(last_actions[i]) == k)
+        for k in range(FIRST_TARGET + m):
+            at = n * ally_row + m * enemy_row + i * (FIRST_TARGET + m) + k
+            state[at] = float(int(last_actions[i]) == k)
 
 
 @wp.func
@@ -219,10 +186,10 @@ def show(w: World, v: View, g: Games, b: int, lane: int):
     for j in range(lane, w.n_units, wp.block_dim()):
         i = wp.int32(0)
         while i < w.n_agents:
-            show_unit(w, v, u, i, j, g.obs[b], g.avail_actions[b])
+            show_unit(w, v, u, i, j, g.obs[b, i], g.avail_actions[b, i])
             i += 1
         if j < w.n_agents:
-            show_moves(w, v, u, j, g.obs[b], g.avail_actions[b])
+            show_moves(v, u, j, g.obs[b, j], g.avail_actions[b, j])
         show_in_state(w, v, u, j, g.actions[b], g.state[b])
 
 
@@ -241,7 +208,7 @@ def judge(w: World, v: View, g: Games, b: int):
     fighting_allies, fighting_enemies = wp.int32(0), wp.int32(0)
     for i in range(w.n_units):
         alive = int(u[i].hp > 0.0)
-        fights = wp.where(v.is_mmm and w.kind[i].medic, 0, alive)
+        fights = wp.where(w.kind[i].medic, 0, alive)
         if i < w.n_agents:
             allies += alive
             fighting_allies += fights
@@ -283,14 +250,14 @@ def play(first: int, w: World, v: View, g: Games):
         for i in range(lane, w.n_units, wp.block_dim()):
             u[i].health = health(u, i)
             if i < w.n_agents:
-                obey(w, u, i, int(g.actions[b, i]))
+                engine.obey(w, u, i, int(g.actions[b, i]))
         meet()
         for loop in range(g.delays.shape[0]):
             for i in range(lane, w.n_units, wp.block_dim()):
-                decide(w, u, i, g.delays[loop, b, i] * 3.0 - 1.0)
+                engine.decide(w, u, i, g.delays[loop, b, i] * 3.0 - 1.0)
             meet()
             for i in range(lane, w.n_units, wp.block_dim()):
-                resolve(w, u, i)
+                engine.resolve(w, u, i)
             meet()
     if lane == 0:
         judge(w, v, g, b)
@@ -306,13 +273,9 @@ def restart(first: int, w: World, v: View, g: Games):
     block, lane = wp.tid()
     b = first + block
     if g.done[b]:
-        u = g.units[b]
         for i in range(lane, w.n_units, wp.block_dim()):
             if not v.external:
-                u[i] = v.fresh[i]
-                if v.draws_goal:
-                    u[i].goal_x = g.shares[b] * v.goal_from[0] + (1.0 - g.shares[b]) * v.goal_to[0]
-                    u[i].goal_y = g.shares[b] * v.goal_from[1] + (1.0 - g.shares[b]) * v.goal_to[1]
+                engine.begin(w, g.units[b], i, g.shares[b])
             if i < w.n_agents:
                 g.actions[b, i] = wp.int64(NO_ACTION)
         if lane == 0:
@@ -327,25 +290,22 @@ def restart(first: int, w: World, v: View, g: Games):
 def start_warp(device):
     """Warp's name of a torch device. Compiles the kernels for it, once per machine; then a cache has them."""
     wp.config.log_level = wp.LOG_ERROR
-    stderr, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    if not torch.cuda.is_available():  # its native part complains of a missing driver at every start
-        os.dup2(quiet, 2)
+    stderr, trouble = os.dup(2), ""
     try:
+        with open(os.devnull, "w") as nowhere:  # for a native complaint of a missing driver at every start
+            os.dup2(nowhere.fileno(), 2)
         wp.init()
         tempfile.TemporaryFile(dir=wp.config.kernel_cache_dir).close()
-        trouble = ""
     except OSError as error:
         wp.config.kernel_cache_dir = tempfile.mkdtemp(prefix="warp_")
         wp.init()
         trouble = f", and in every run until WARP_CACHE_PATH is a folder that can be written ({error})"
-    os.dup2(stderr, 2)
-    os.close(stderr)
-    os.close(quiet)
-    name, block = "cpu", 1
-    if device.type == "cuda":
-        name, block = f"cuda:{device.index or 0}", BLOCK
-        if not wp.is_cuda_available():
-            raise RuntimeError("Warp cannot use this machine's CUDA driver: update it, or use --device cpu")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    name, block = ("cpu", 1) if device.type == "cpu" else (f"cuda:{device.index or 0}", BLOCK)
+    if device.type == "cuda" and not wp.is_cuda_available():
+        raise RuntimeError("Warp cannot use this machine's CUDA driver: update it, or use --device cpu")
     module, started = wp.get_module(__name__), time.perf_counter()
     cached = Path(wp.config.kernel_cache_dir, module.get_module_identifier(block)).exists()
     if not cached:
@@ -359,45 +319,34 @@ def start_warp(device):
 
 def _view(battle, sim, device):
     """The constants of the interface; `battle` is the map's entry in smac_maps.json."""
-    n, m, types = battle["n_agents"], battle["n_enemies"], sim.types
-    view = View()
+    view, n = View(), battle["n_agents"]
     view.ally_shields, view.enemy_shields = (int(battle[f"{side}_race"] == "P") for side in ("ally", "enemy"))
     view.is_mmm, view.n_bits = battle["map_type"] == "MMM", battle["unit_type_bits"]
     view.reward_scale, view.episode_limit = battle["max_reward"] / SCALE_RATE, battle["episode_limit"]
-    view.n_actions = FIRST_TARGET + m
-    ally, enemy = view.ally_shields + view.n_bits, view.enemy_shields + view.n_bits
-    view.obs_dim = 4 + m * (5 + enemy) + (n - 1) * (5 + ally) + 1 + ally
-    view.state_dim = n * (4 + ally) + m * (3 + enemy) + n * view.n_actions
-    if sim.goal_between:
-        view.draws_goal, (view.goal_from, view.goal_to) = True, sim.goal_between
     # get_unit_type_id: the agents' types in id order; those of enemy stalkers and zealots the other way round
-    order = [group["unit"].lower() for group in battle["agent_id_order"]]
+    order = [group["unit"].lower() for group in battle["agent_id_order"]][: view.n_bits]
     enemy_order = order[::-1] if battle["map_type"] == "stalkers_and_zealots" else order
-    bits = [[name == bit for bit in order] for name in types[:n]]
-    bits += [[name == bit for bit in enemy_order] for name in types[n:]]
+    bits = [[name == bit for bit in order] for name in sim.types[:n]]
+    bits += [[name == bit for bit in enemy_order] for name in sim.types[n:]]
     periods = json.loads((_DATA / "smac_units.json").read_text())["smac_cooldown_normaliser"]
     periods["medivac"] = 200  # of energy
+    charge = [periods.get(name, periods["other"]) for name in sim.types]
     wide = np.pad(sim.walkable, 1)  # (34, 34), the edge is a wall
     moves = [wide[1:-1, 2:], wide[1:-1, :-2], wide[2:, 1:-1], wide[:-2, 1:-1]]  # north, south, east, west
-    for name, values, dtype in (
-        ("fresh", sim.fresh, Unit),
-        ("shield_max", np.maximum(sim.kinds["shield_max"], 1), float),
-        ("charge_max", [periods.get(name, periods["other"]) for name in types], float),
-        ("type_bits", np.array(bits, np.float32)[:, : view.n_bits], float),
-        ("free_moves", np.stack(moves, 2).reshape(-1, 4), wp.bool),
-    ):
-        setattr(view, name, wp.array(values, dtype=dtype, device=device))
+    view.charge_max = wp.array(charge, dtype=float, device=device)
+    view.type_bits = wp.array(np.array(bits, np.float32), dtype=float, device=device)
+    view.free_moves = wp.array(np.stack(moves, 2).reshape(-1, 4), dtype=wp.bool, device=device)
     return view
 
 
 def fields(memory):
-    """Views (..., U) of the fields of Unit in its bytes (..., U, size)."""
-    dtypes = {"f": torch.float32, "i": torch.int32, "b": torch.bool}
-    views = {}
+    """Views (..., U) of the numbers of Unit in its bytes (..., U, size), by name."""
+    dtypes, views = {"f": torch.float32, "i": torch.int32, "b": torch.bool}, SimpleNamespace()
     for name, (dtype, offset) in UNIT.fields.items():
-        part = memory[..., offset : offset + dtype.itemsize]
-        views[name] = part.view(dtypes.get(dtype.kind, torch.bool))[..., 0]
-    return SimpleNamespace(**views)
+        if dtype.kind in dtypes:
+            part = memory[..., offset : offset + dtype.itemsize]
+            setattr(views, name, part.view(dtypes[dtype.kind])[..., 0])
+    return views
 
 
 _POOL = ThreadPoolExecutor(os.cpu_count())  # its threads begin when they are first needed
@@ -415,37 +364,34 @@ class Smac(VecEnv):
     external = False  # in a subclass whose battles are played elsewhere: it fills `units` before the kernels
 
     def __init__(self, map_name, num_envs, device, seed, validate=True):
-        battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
         device = torch.device(device)
         self._wp_device = start_warp(device)
+        self.sim = engine.BattleSim(map_name, self._wp_device)
+        battle, size = self.sim.battle, self.sim.battle["sizes"]
         self.map_name, self.n_enemies = map_name, battle["n_enemies"]
-        self.sim = BattleSim(map_name, self._wp_device)
-        n, u, n_actions = battle["n_agents"], self.sim.n_units, FIRST_TARGET + battle["n_enemies"]
-        view = self._view = _view(battle, self.sim, self._wp_device)
-        view.external = self.external
+        self._view = _view(battle, self.sim, self._wp_device)
+        self._view.external = self.external
+        n, u, n_actions = battle["n_agents"], self.sim.n_units, size["n_actions"]
         limit, space = battle["episode_limit"], spaces.MultiDiscrete([n_actions] * n)
-        super().__init__(num_envs, n, view.obs_dim, view.state_dim, limit, space, device, seed, validate)
+        super().__init__(num_envs, n, size["obs"], size["state"], limit, space, device, seed, validate)
 
         # the kernels work on memory that stays, since their launches are recorded with its addresses
-        shapes = {"units": (num_envs, u), "picture": (u,), "actions": (num_envs, n)}
-        shapes |= {"delays": (LOOPS_PER_STEP, num_envs, u), "state": (num_envs, self.state_dim)}
-        shapes |= {"obs": (num_envs, n * self.obs_dim), "avail_actions": (num_envs, n * n_actions)}
-        games, memories = Games(), {}
+        shapes = dict(units=(num_envs, u), picture=(u,), delays=(LOOPS_PER_STEP, num_envs, u))
+        shapes |= dict(actions=(num_envs, n), avail_actions=(num_envs, n, n_actions))
+        shapes |= dict(obs=(num_envs, n, self.obs_dim), state=(num_envs, self.state_dim))
+        self._arrays, self._games = Games(), SimpleNamespace()
         for name, array in Games.vars.items():
-            shape, kind = shapes.get(name, (num_envs,)), array.type.dtype
+            kind, shape = array.type.dtype, shapes.get(name, (num_envs,))
             if kind is Unit:
                 memory = torch.zeros(*shape, UNIT.itemsize, dtype=torch.uint8, device=device)
-                view_of = wp.array(ptr=memory.data_ptr(), dtype=Unit, shape=shape, device=self._wp_device)
             else:
                 memory = torch.zeros(shape, dtype=wp.dtype_to_torch(kind), device=device)
-                view_of = wp.from_torch(memory)
-            memories[name] = memory
-            setattr(games, name, view_of)
-        self._arrays, self._games = games, SimpleNamespace(**memories)
-        self._episode_return, self._episode_length = memories["episode_return"], memories["episode_length"]
-        self._play, self._begin = (
-            [self._record(kernel, *part) for part in self._parts()] for kernel in (play, restart)
-        )
+            array = wp.array(ptr=memory.data_ptr(), dtype=kind, shape=shape, device=self._wp_device)
+            setattr(self._arrays, name, array)
+            setattr(self._games, name, memory)
+        self._episode_return, self._episode_length = self._games.episode_return, self._games.episode_length
+        self._play = [self._record(play, *part) for part in self._parts()]
+        self._begin = [self._record(restart, *part) for part in self._parts()]
         self._pictured = None  # what the title of the picture says
 
     def _parts(self):
@@ -458,9 +404,8 @@ class Smac(VecEnv):
     def _record(self, kernel, first, end, world, view):
         """A launch of a kernel for the games from `first` to `end`."""
         options = dict(block_dim=BLOCK, device=self._wp_device, record_cmd=True)
-        return wp.launch_tiled(
-            kernel, dim=[end - first], inputs=[first, world, view, self._arrays], **options
-        )
+        inputs = [first, world, view, self._arrays]
+        return wp.launch_tiled(kernel, dim=[end - first], inputs=inputs, **options)
 
     def _launch(self, commands):
         if self.device.type == "cuda":
@@ -475,13 +420,12 @@ class Smac(VecEnv):
 
     def _shown(self):
         """obs (B, N, O), state (B, S) and avail_actions (B, N, A) as they are now."""
-        g, shape = self._games, (self.num_envs, self.n_agents, -1)
-        return g.obs.clone().view(shape), g.state.clone(), g.avail_actions.clone().view(shape)
+        return tuple(getattr(self._games, name).clone() for name in ("obs", "state", "avail_actions"))
 
     def _restart(self, done):
         """Mark the games of done (B,), where the next `_observe()` begins a battle."""
         self._games.done.copy_(done)
-        if self.sim.goal_between:
+        if self.sim.world.draws_goal:
             torch.rand(self._games.shares.shape, generator=self.generator, out=self._games.shares)
 
     def _observe(self):

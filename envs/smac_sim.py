@@ -69,20 +69,18 @@ class Unit:
     goal_x: float  # where it walks while it has no target
     goal_y: float
     walks: bool  # whether it does
-    dying: bool  # a baneling that was killed in the last loop and is about to burst
-    # its plan in this loop, and where it stood
+    dying: bool  # a baneling that was killed in the last loop and bursts in this one
+    # how this loop found it, and its plan
     alive: bool
+    at: wp.vec2
+    step: wp.vec2
     acts: bool  # strikes, bursts or heals
-    strikes: bool
-    bursts: bool
-    moves: bool
-    aim: int  # whom it strikes or heals
-    dose: float  # life that it gives to whom it heals
-    at_x: float
-    at_y: float
-    step_x: float
-    step_y: float
+    dose: float  # life that it gives to its target
     health: float  # life and shield before this env step, for the reward
+
+
+UNIT = np.dtype(Unit.numpy_dtype())
+Game = wp.array(dtype=Unit)  # (U,)
 
 
 @wp.struct
@@ -101,14 +99,9 @@ class Kind:
     life_regen: float  # per loop
     speed: float  # tiles per loop
     acceleration: float
-    arrival: float
-    preference: float  # 1 or -1, the side to which it steps where both are as good
-    low_x: float  # where it may stand
-    high_x: float
-    low_y: float
-    high_y: float
+    low: wp.vec2  # corners of where it may stand
+    high: wp.vec2
     layer: int
-    armed: bool
     medic: bool
     biological: bool
     colossus: bool
@@ -135,44 +128,59 @@ class World:
     heal_cost: float  # energy per life
     energy_max: float
     energy_regen: float
+    draws_goal: bool  # the enemies' attack point lies anew between two points in every battle
+    goal_from: wp.vec2
+    goal_to: wp.vec2
+    fresh: Game  # (U,), the start of a battle
     kind: wp.array(dtype=Kind)  # (U,)
     pair: wp.array2d(dtype=Pair)  # (U, U)
     walkable: wp.array2d(dtype=wp.bool)  # (3, C), by layer
     waypoints: wp.array2d(dtype=wp.int16)  # (C, C) cell to head for, by goal and place, -1 = straight on
 
 
-UNIT = np.dtype(Unit.numpy_dtype())
-Game = wp.array(dtype=Unit)  # (U,)
-
-
 # ---- distances ----
 @wp.func
-def distance(u: Game, i: int, j: int):
-    x = u[j].x - u[i].x
-    y = u[j].y - u[i].y
-    return wp.sqrt(x * x + y * y)
+def place_of(u: Game, i: int):
+    return wp.vec2(u[i].x, u[i].y)
 
 
 @wp.func
-def gap_between(w: World, u: Game, i: int, j: int):
+def distance(u: Game, i: int, j: int):
+    return wp.length(place_of(u, j) - place_of(u, i))
+
+
+@wp.func
+def gap_to(w: World, u: Game, i: int, j: int):
+    """The gap from i to a living j, else FAR."""
+    if j < 0 or u[j].hp <= 0.0:
+        return FAR
     return distance(u, i, j) - (w.kind[i].radius + w.kind[j].radius)
 
 
 @wp.func
 def gap_to_victim(w: World, u: Game, i: int, j: int):
     """The gap to a living j that the weapon of i can hit, else FAR."""
-    if j < 0 or u[j].hp <= 0.0 or not w.pair[i, j].can_hit:
+    if j < 0 or not w.pair[i, j].can_hit:
         return FAR
-    return gap_between(w, u, i, j)
+    return gap_to(w, u, i, j)
 
 
 @wp.func
-def cell_of(x: float, y: float):
+def cell_of(place: wp.vec2):
     edge = float(MAP_SIZE - 1)
-    return int(wp.clamp(x, 0.0, edge)) * MAP_SIZE + int(wp.clamp(y, 0.0, edge))
+    return int(wp.clamp(place[0], 0.0, edge)) * MAP_SIZE + int(wp.clamp(place[1], 0.0, edge))
 
 
 # ---- orders ----
+@wp.func
+def begin(w: World, u: Game, i: int, share: float):
+    """Unit i at the start of a battle; `share` in [0, 1) decides the attack point where it is drawn anew."""
+    u[i] = w.fresh[i]
+    if w.draws_goal:
+        u[i].goal_x = share * w.goal_from[0] + (1.0 - share) * w.goal_to[0]
+        u[i].goal_y = share * w.goal_from[1] + (1.0 - share) * w.goal_to[1]
+
+
 @wp.func
 def obey(w: World, u: Game, i: int, action: int):
     """An agent's order: 0 no-op, 1 stop, 2-5 north south east west, 6 + k attack enemy k or heal agent k."""
@@ -180,12 +188,11 @@ def obey(w: World, u: Game, i: int, action: int):
     u[i].goal_x = u[i].x + MOVE_DISTANCE * (float(action == 4) - float(action == 5))
     u[i].goal_y = u[i].y + MOVE_DISTANCE * (float(action == 2) - float(action == 3))
     u[i].target = -1
-    if action >= 6:
-        if w.kind[i].medic:
-            u[i].target = action - 6
-        elif w.pair[i, w.n_agents + action - 6].can_hit:
-            # the game refuses an attack on what the weapon cannot hit (marauder, medivac): the unit stands
-            u[i].target = w.n_agents + action - 6
+    if action >= 6 and w.kind[i].medic:
+        u[i].target = action - 6
+    elif action >= 6 and w.pair[i, w.n_agents + action - 6].can_hit:
+        # the game refuses an attack on what the weapon cannot hit (marauder, medivac): the unit stands
+        u[i].target = w.n_agents + action - 6
 
 
 # ---- phase 1: decide ----
@@ -217,8 +224,8 @@ def acquire(w: World, u: Game, i: int):
 @wp.func
 def is_patient(w: World, u: Game, i: int, j: int):
     """Whether enemy medivac i notices that j needs it."""
-    wounded = u[j].hp > 0.0 and u[j].hp < w.kind[j].hp_max and w.kind[j].biological
-    return wounded and gap_between(w, u, i, j) <= HEAL_SCAN_RANGE
+    wounded = u[j].hp < w.kind[j].hp_max and w.kind[j].biological
+    return wounded and gap_to(w, u, i, j) <= HEAL_SCAN_RANGE
 
 
 @wp.func
@@ -230,7 +237,7 @@ def acquire_patient(w: World, u: Game, i: int):
     if u[i].energy >= HEAL_MIN_ENERGY:
         for j in range(w.n_agents, w.n_units):
             if is_patient(w, u, i, j):
-                need = u[j].hp / w.kind[j].hp_max + 1.0e-3 * gap_between(w, u, i, j)
+                need = u[j].hp / w.kind[j].hp_max + 1.0e-3 * gap_to(w, u, i, j)
                 if need < least:
                     weakest, least = j, need
     return weakest
@@ -241,12 +248,12 @@ def shoot(w: World, u: Game, i: int, target: int, gap: float, delay: float):
     """A ready weapon strikes at once whom it reaches, and is ready again a period and `delay` loops later.
 
     Zealots and colossi hit twice per swing. The second hit is lost if the target changes or gets away, but a
-    colossus's beam sweeps its line whatever becomes of the target. A baneling bursts instead of striking.
+    colossus's beam sweeps its line whatever becomes of the target.
     """
-    fires = w.kind[i].armed and gap <= w.kind[i].reach and u[i].cooldown < 1.0  # ready within this loop
+    fires = gap <= w.kind[i].reach and u[i].cooldown < 1.0  # ready within this loop
     follows = target == u[i].second_target and gap <= w.kind[i].reach + w.kind[i].slop
-    holds = w.kind[i].colossus or (follows and gap < FAR)
-    lands = holds and u[i].second_hit == 1.0
+    holds = follows or w.kind[i].colossus
+    u[i].acts = fires or (holds and u[i].second_hit == 1.0)
     cooldown = u[i].cooldown - 1.0
     if fires:
         cooldown += w.kind[i].period + delay
@@ -255,8 +262,6 @@ def shoot(w: World, u: Game, i: int, target: int, gap: float, delay: float):
     else:
         u[i].second_hit = wp.where(holds, wp.max(u[i].second_hit - 1.0, 0.0), 0.0)
     u[i].cooldown = wp.max(cooldown, 0.0)
-    u[i].strikes = fires or lands
-    u[i].bursts = u[i].dying or (fires and w.kind[i].baneling)
 
 
 @wp.func
@@ -265,82 +270,53 @@ def heal(w: World, u: Game, i: int, target: int, gap: float):
     if gap <= w.kind[i].reach and w.kind[target].biological:
         missing = w.kind[target].hp_max - u[target].hp
         u[i].dose = wp.min(wp.min(missing, u[i].energy / w.heal_cost), w.heal_rate)
+    u[i].acts = u[i].dose > 0.0
     u[i].energy = wp.min(u[i].energy - u[i].dose * w.heal_cost + w.energy_regen, w.energy_max)
 
 
 @wp.func
-def walk(w: World, u: Game, i: int, goal_x: float, goal_y: float):
+def walk(w: World, u: Game, i: int, goal: wp.vec2):
     """A step towards a goal, round the terrain: on the ground by the farthest waypoint in a straight line."""
-    x = goal_x - u[i].x
-    y = goal_y - u[i].y
-    away = wp.sqrt(x * x + y * y)  # as the crow flies
-    u[i].speed = wp.min(wp.min(u[i].speed + w.kind[i].acceleration, w.kind[i].speed), away)
-    u[i].moves = u[i].speed > 0.0
-    if u[i].moves:
-        if not w.is_box and w.kind[i].layer == GROUND:
-            waypoint = int(w.waypoints[cell_of(goal_x, goal_y), cell_of(u[i].x, u[i].y)])
-            if waypoint >= 0:
-                x = float(waypoint / MAP_SIZE) + 0.5 - u[i].x
-                y = float(waypoint % MAP_SIZE) + 0.5 - u[i].y
-                away = wp.sqrt(x * x + y * y)
-        stride = u[i].speed / wp.max(away, 1.0e-6)
-        u[i].step_x = x * stride
-        u[i].step_y = y * stride
-
-
-@wp.func
-def rest(w: World, u: Game, i: int):
-    """A dead unit: its clocks run on, so that nothing of it depends on when it is read."""
-    u[i].speed = 0.0
-    u[i].target = -1
-    u[i].second_hit = 0.0
-    u[i].cooldown = wp.max(u[i].cooldown - 1.0, 0.0)
-    if w.kind[i].medic:
-        u[i].energy = wp.min(u[i].energy + w.energy_regen, w.energy_max)
+    way = goal - u[i].at
+    top = wp.min(u[i].speed + w.kind[i].acceleration, w.kind[i].speed)
+    u[i].speed = wp.min(top, wp.length(way))  # as the crow flies
+    if not w.is_box and w.kind[i].layer == GROUND:
+        waypoint = int(w.waypoints[cell_of(goal), cell_of(u[i].at)])
+        if waypoint >= 0:
+            way = wp.vec2(float(waypoint / MAP_SIZE) + 0.5, float(waypoint % MAP_SIZE) + 0.5) - u[i].at
+    u[i].step = way * (u[i].speed / wp.max(wp.length(way), 1.0e-6))
 
 
 @wp.func
 def decide(w: World, u: Game, i: int, delay: float):
     """The plan of unit i for this loop. Writes only unit i, and nothing that others read in this phase."""
     u[i].alive = u[i].hp > 0.0
-    u[i].at_x = u[i].x
-    u[i].at_y = u[i].y
-    u[i].strikes = False
-    u[i].bursts = u[i].dying
-    u[i].moves = False
-    u[i].aim = -1
+    u[i].at = place_of(u, i)
+    u[i].acts = u[i].dying
     u[i].dose = 0.0
-    u[i].step_x = 0.0
-    u[i].step_y = 0.0
+    u[i].step = wp.vec2()
+    target = wp.int32(-1)
     if u[i].alive:
         target = u[i].target  # an agent: whom it was told
         if i >= w.n_agents:
             target = acquire_patient(w, u, i) if w.kind[i].medic else acquire(w, u, i)
-        gap = float(FAR)
-        if target >= 0:
-            if u[target].hp > 0.0:
-                gap = gap_between(w, u, i, target)
-        u[i].aim = target
-        u[i].target = wp.where(gap < FAR, target, -1)
-        shoot(w, u, i, target, gap, delay)
+        gap = gap_to(w, u, i, target)
         if w.kind[i].medic:
             heal(w, u, i, target, gap)
-        goal_x = u[i].goal_x
-        goal_y = u[i].goal_y
-        x = goal_x - u[i].x
-        y = goal_y - u[i].y
-        walks = u[i].walks and wp.sqrt(x * x + y * y) > w.kind[i].arrival
+        else:
+            shoot(w, u, i, target, gap, delay)
+        goal = wp.vec2(u[i].goal_x, u[i].goal_y)
+        walks = u[i].walks and wp.length(goal - u[i].at) > wp.where(i < w.n_agents, 0.0, ARRIVAL_RANGE)
         if gap < FAR:  # towards the target, until it is in reach
-            goal_x = u[target].x
-            goal_y = u[target].y
+            goal = place_of(u, target)
             walks = gap > w.kind[i].reach
+        else:
+            target = -1
         if walks:
-            walk(w, u, i, goal_x, goal_y)
+            walk(w, u, i, goal)
         else:
             u[i].speed = 0.0  # brakes at once
-    else:
-        rest(w, u, i)
-    u[i].acts = u[i].strikes or u[i].bursts or u[i].dose > 0.0
+    u[i].target = target
 
 
 # ---- phase 2: resolve ----
@@ -348,34 +324,28 @@ def decide(w: World, u: Game, i: int, delay: float):
 def lance_hits(w: World, u: Game, i: int, j: int):
     """A colossus's beam: a line through the target, across the fire, even if the target is dead by now."""
     target = u[i].second_target
-    fire_x = u[target].at_x - u[i].at_x
-    fire_y = u[target].at_y - u[i].at_y
-    length = wp.max(wp.sqrt(fire_x * fire_x + fire_y * fire_y), 1.0e-6)
-    fire_x /= length
-    fire_y /= length
-    off_x = u[j].at_x - u[target].at_x
-    off_y = u[j].at_y - u[target].at_y
-    along = wp.abs(off_x * fire_x + off_y * fire_y)
-    across = wp.abs(off_y * fire_x - off_x * fire_y)
+    fire = u[target].at - u[i].at
+    fire /= wp.max(wp.length(fire), 1.0e-6)
+    off = u[j].at - u[target].at
+    along = wp.abs(wp.dot(off, fire))
+    across = wp.abs(off[1] * fire[0] - off[0] * fire[1])
     return along <= LANCE_WIDTH + w.kind[j].radius and across <= LANCE_LENGTH + w.kind[j].radius
 
 
 @wp.func
 def burst_hits(w: World, u: Game, i: int, j: int):
     """A baneling hurts whom its splash touches."""
-    x = u[j].at_x - u[i].at_x
-    y = u[j].at_y - u[i].at_y
-    return wp.sqrt(x * x + y * y) <= BURST_RADIUS + w.kind[j].radius
+    return wp.length(u[j].at - u[i].at) <= BURST_RADIUS + w.kind[j].radius
 
 
 @wp.func
 def hits(w: World, u: Game, i: int, j: int):
-    """Whether what i does in this loop hurts j."""
+    """Whether what i does in this loop hurts j; a medivac's "hit" has no damage."""
     if w.kind[i].colossus:
-        return u[i].strikes and w.pair[i, j].can_hit and lance_hits(w, u, i, j)
+        return w.pair[i, j].can_hit and lance_hits(w, u, i, j)
     if w.kind[i].baneling:
-        return u[i].bursts and w.pair[i, j].can_hit and burst_hits(w, u, i, j)
-    return u[i].strikes and u[i].aim == j
+        return w.pair[i, j].can_hit and burst_hits(w, u, i, j)
+    return u[i].target == j
 
 
 @wp.func
@@ -394,9 +364,9 @@ def suffer(w: World, u: Game, j: int):
                 if leak > 0.0:
                     life += wp.max(leak - w.kind[j].armor, MIN_DAMAGE)
                 shield = wp.max(shield - raw, 0.0)
-            if u[i].aim == j:
+            if u[i].target == j:
                 healed += u[i].dose
-                if u[i].strikes and striker < 0:
+                if striker < 0 and not w.kind[i].medic:
                     striker = i  # of several the first
         i += 1
     if striker >= 0:
@@ -408,51 +378,47 @@ def suffer(w: World, u: Game, j: int):
 def push_apart(w: World, u: Game, i: int):
     """The push that undoes overlaps: friends share it evenly, of two foes the one that walks gives way.
     Whoever walks slides round, on the side to which its step already leads."""
-    push_x, push_y, j = wp.float32(0.0), wp.float32(0.0), wp.int32(0)
+    push, j = wp.vec2(), wp.int32(0)
     while j < w.n_units:
-        x = u[j].at_x - u[i].at_x
-        y = u[j].at_y - u[i].at_y
-        square = x * x + y * y
+        way = u[j].at - u[i].at
+        square = wp.length_sq(way)
         room = w.pair[i, j].separation
         if square < room * room and u[j].alive:
             away = wp.sqrt(square)
             share = wp.float32(1.0)
             if (i < w.n_agents) != (j < w.n_agents):
-                share = 1.0 + float(u[i].moves) - float(u[j].moves)
-            apart = wp.max(room - away, 0.0) / wp.max(away, 1.0e-3) * share / -2.0
-            push_x += apart * x
-            push_y += apart * y
+                share = 1.0 + float(u[i].speed > 0.0) - float(u[j].speed > 0.0)
+            push += (room - away) / wp.max(away, 1.0e-3) * share / -2.0 * way
         j += 1
-    if u[i].moves:
-        left = u[i].step_y * push_x - u[i].step_x * push_y  # > 0: the step leads to the left of the push
+    if u[i].speed > 0.0:
+        left = u[i].step[1] * push[0] - u[i].step[0] * push[1]  # > 0: the step leads to the left of the push
         aside = wp.float32(0.0)
-        if wp.abs(left) < 0.1 * wp.abs(u[i].step_x * push_x + u[i].step_y * push_y):
-            aside = SIDESTEP * w.kind[i].preference
+        if wp.abs(left) < 0.1 * wp.abs(wp.dot(u[i].step, push)):
+            aside = SIDESTEP * (1.0 - 2.0 * float(i % 2))  # where both sides are as good
         elif left != 0.0:
             aside = SIDESTEP * wp.sign(left)
-        straight_x = float(push_x)
-        push_x -= aside * push_y
-        push_y += aside * straight_x
+        push += aside * wp.vec2(-push[1], push[0])
     limit = wp.where(w.kind[i].speed > 0.0, MAX_PUSH, 0.0)
-    return wp.clamp(push_x, -limit, limit), wp.clamp(push_y, -limit, limit)
+    return wp.vec2(wp.clamp(push[0], -limit, limit), wp.clamp(push[1], -limit, limit))
 
 
 @wp.func
-def stay_on_terrain(w: World, u: Game, i: int, x: float, y: float):
-    """Move unit i to (x, y), as far as the terrain lets it: along a wall the free part of a step is kept."""
-    new_x = wp.clamp(x, w.kind[i].low_x, w.kind[i].high_x)
-    new_y = wp.clamp(y, w.kind[i].low_y, w.kind[i].high_y)
-    layer = w.kind[i].layer
+def stay_on_terrain(w: World, u: Game, i: int, goal: wp.vec2):
+    """Move unit i to a goal, as far as the terrain lets it: along a wall the free part of a step is kept."""
+    place = wp.min(wp.max(goal, w.kind[i].low), w.kind[i].high)
     if not w.is_box:
-        if not w.walkable[layer, cell_of(new_x, new_y)]:
-            if w.walkable[layer, cell_of(new_x, u[i].at_y)]:
-                new_y = u[i].at_y
+        along_x = wp.vec2(place[0], u[i].at[1])
+        along_y = wp.vec2(u[i].at[0], place[1])
+        layer = w.kind[i].layer
+        if not w.walkable[layer, cell_of(place)]:
+            if w.walkable[layer, cell_of(along_x)]:
+                place = along_x
+            elif w.walkable[layer, cell_of(along_y)]:
+                place = along_y
             else:
-                free_y = w.walkable[layer, cell_of(u[i].at_x, new_y)]
-                new_x = u[i].at_x
-                new_y = wp.where(free_y, new_y, u[i].at_y)
-    u[i].x = new_x
-    u[i].y = new_y
+                place = u[i].at
+    u[i].x = place[0]
+    u[i].y = place[1]
 
 
 @wp.func
@@ -466,20 +432,18 @@ def recover_shield(w: World, u: Game, j: int, shield: float, hurt: bool):
 @wp.func
 def resolve(w: World, u: Game, j: int):
     """What this loop does to unit j. Reads the plans of others, and writes only unit j."""
-    life, shield, healed = wp.float32(0.0), float(u[j].shield), wp.float32(0.0)
     u[j].dying = False
     if u[j].alive:
         life, shield, healed = suffer(w, u, j)
+        recover_shield(w, u, j, shield, life > 0.0 or shield < u[j].shield)
         hp = u[j].hp - life
-        suicide = w.kind[j].baneling and u[j].strikes
-        u[j].dying = w.kind[j].baneling and hp <= 0.0 and not suicide
+        suicide = w.kind[j].baneling and u[j].acts
         if hp > 0.0 and not suicide:
             u[j].hp = wp.min(hp + healed + w.kind[j].life_regen, w.kind[j].hp_max)
         else:
             u[j].hp = 0.0
-        push_x, push_y = push_apart(w, u, j)
-        stay_on_terrain(w, u, j, u[j].at_x + u[j].step_x + push_x, u[j].at_y + u[j].step_y + push_y)
-    recover_shield(w, u, j, shield, life > 0.0 or shield < u[j].shield)
+            u[j].dying = w.kind[j].baneling and not suicide
+        stay_on_terrain(w, u, j, u[j].at + u[j].step + push_apart(w, u, j))
 
 
 # ---- the constants of a map ----
@@ -492,13 +456,12 @@ class BattleSim:
     """
 
     def __init__(self, map_name, device="cpu"):
-        battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
+        battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
         stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
         n = self.n_agents = battle["n_agents"]
         self.n_enemies, self.n_units = battle["n_enemies"], n + battle["n_enemies"]
         self.walkable = walkable_cells(battle["terrain"])
         order = battle["enemy_order"]
-        self.goal_between = order.get("between")
 
         # spawn points: agents by type in the map's order, then by x and y; enemies as created
         placed = place_units(battle["ally_spawns"] + battle["enemy_spawns"], stats, self.walkable)
@@ -507,14 +470,13 @@ class BattleSim:
         self.types, x, y = map(list, zip(*placed, strict=True))
         units = [stats[name] for name in self.types]
 
-        xs, ys = np.nonzero(self.walkable)
-        box = (xs.min(), xs.max() + 1, ys.min(), ys.max() + 1)
+        cells = np.argwhere(self.walkable)
+        low, high = cells.min(0), cells.max(0) + 1  # the ground's corners
         self.kinds = np.zeros(self.n_units, Kind.numpy_dtype())
         for i, (name, unit) in enumerate(zip(self.types, units, strict=True)):
             kind, weapon, move = self.kinds[i], unit["weapon"] or {}, unit["move"]
             kind["radius"], kind["hp_max"], kind["shield_max"] = unit["radius"], unit["hp"], unit["shield"]
             kind["armor"] = unit["life_armor"]
-            kind["armed"], kind["medic"] = bool(weapon), "heal" in unit
             kind["reach"] = (weapon or unit["heal"])["range"]
             kind["period"], kind["slop"] = weapon.get("period_loops", 0), weapon.get("range_slop", 0)
             kind["second_delay"] = SECOND_HIT_DELAY.get(name, 0)
@@ -523,27 +485,21 @@ class BattleSim:
             kind["life_regen"] = unit.get("life_regen_per_normal_second", 0) / LOOPS_PER_SECOND
             kind["speed"] = move["speed_per_normal_second"] / LOOPS_PER_SECOND
             kind["acceleration"] = move.get("acceleration", 1) / LOOPS_PER_SECOND**2
-            kind["arrival"] = 0 if i < n else ARRIVAL_RANGE
-            kind["preference"] = 1 - 2 * (i % 2)
             kind["biological"] = "biological" in unit["attributes"]
-            kind["colossus"], kind["baneling"] = name == "colossus", name == "baneling"
+            kind["medic"], kind["colossus"] = name == "medivac", name == "colossus"
+            kind["baneling"] = name == "baneling"
             kind["layer"] = AIR if unit["flying"] else CLIFF if name == "colossus" else GROUND
-            low_x, high_x, low_y, high_y = (0, MAP_SIZE, 0, MAP_SIZE) if unit["flying"] else box
-            kind["low_x"], kind["high_x"], kind["low_y"], kind["high_y"] = (
-                low_x,
-                high_x - EDGE,
-                low_y,
-                high_y - EDGE,
-            )
+            kind["low"] = 0 if unit["flying"] else low
+            kind["high"] = (MAP_SIZE if unit["flying"] else high) - EDGE
 
         # air and ground do not collide; a colossus stands above ground units, in the way of flyers only
         self.pairs = np.zeros((self.n_units, self.n_units), Pair.numpy_dtype())
-        high = [unit["flying"] or "air" in unit["planes"] for unit in units]
+        tall = [unit["flying"] or "air" in unit["planes"] for unit in units]
         for i, one in enumerate(units):
             weapon = one["weapon"] or {"damage": 0, "targets": []}
             for j, other in enumerate(units):
                 pair, bonus = self.pairs[i, j], weapon.get("bonus") or {}
-                if i != j and high[i] == high[j]:
+                if i != j and tall[i] == tall[j]:
                     pair["separation"] = one["separation_radius"] + other["separation_radius"]
                 pair["raw_damage"] = weapon["damage"] + sum(
                     bonus.get(name, 0) for name in other["attributes"]
@@ -555,7 +511,7 @@ class BattleSim:
         self.fresh["x"], self.fresh["y"], self.fresh["since_hit"] = x, y, SHIELD_DELAY
         self.fresh["hp"], self.fresh["shield"] = self.kinds["hp_max"], self.kinds["shield_max"]
         self.fresh["energy"] = np.where(self.kinds["medic"], medivac["energy"]["start"], 0)
-        for name in ("second_target", "target", "attacker", "aim"):
+        for name in ("second_target", "target", "attacker"):
             self.fresh[name] = -1
         self.fresh["walks"][n:] = order["kind"].startswith("attack_move")
         self.fresh["goal_x"], self.fresh["goal_y"] = order.get("point", (0, 0))
@@ -564,9 +520,12 @@ class BattleSim:
         w.n_agents, w.n_units = n, self.n_units
         w.heal_rate, w.heal_cost = medivac["heal"]["rate_hp_per_loop"], medivac["heal"]["energy_per_hp"]
         w.energy_max, w.energy_regen = medivac["energy"]["max"], medivac["energy"]["regen_per_loop"]
+        if "between" in order:
+            w.draws_goal, (w.goal_from, w.goal_to) = True, order["between"]
+        w.fresh = wp.array(self.fresh, dtype=Unit, device=device)
         w.kind = wp.array(self.kinds, dtype=Kind, device=device)
         w.pair = wp.array(self.pairs, dtype=Pair, device=device)
-        w.is_box = bool(self.walkable[box[0] : box[1], box[2] : box[3]].all())
+        w.is_box = bool(self.walkable[low[0] : high[0], low[1] : high[1]].all())
         if not w.is_box:
             layers = [self.walkable, climbable_cells(battle["terrain"]), np.ones_like(self.walkable)]
             w.walkable = wp.array(np.stack(layers).reshape(3, -1), dtype=wp.bool, device=device)
