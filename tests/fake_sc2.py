@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 OURS, THEIRS = 1, 2
-IN_GAME, ENDED, LAUNCHED, INIT_GAME = 3, 4, 1, 2
+LAUNCHED, INIT_GAME, IN_GAME, ENDED = 1, 2, 3, 5  # messages.Status
 
 
 def install(folder):

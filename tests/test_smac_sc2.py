@@ -364,7 +364,7 @@ def test_games_that_cannot_start_end_the_run(build, game):
 
 
 def test_clients_are_replaced_before_their_last_loop(build, game, tmp_path):
-    game(LOOP=2**19 - 8 * (400 + 60))  # a battle of the longest kind may still begin
+    game(LOOP=2**19 - 8 * 400 - 250)  # the longest battle may just begin
     real = build("sc2:3m", seed=5)
     real.reset()
     for n_clients in (2, 3):
@@ -532,6 +532,7 @@ def test_policies_go_from_one_engine_to_the_other(trained, played, run, play, pr
     gc.collect()
     started = len(launches(tmp_path)) if (tmp_path / "log").exists() else 0
     code, out = play(folder, "--env", played, "--episodes", 2, "--video")
+    gc.collect()
     names, values = (line.split(" | ") for line in out.splitlines()[-2:])
     row = dict(zip(names, values, strict=True))
     assert code == 0 and row["run"] == str(folder) and 5 < float(row["episodic_length"]) <= 60
