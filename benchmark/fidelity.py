@@ -8,7 +8,7 @@ Needs StarCraft II (docs/envs.md). Plays the four teams of scripted.py and the g
 whichever engine these were trained in. Damage: life and shield that the units of a type lose in an episode,
 without what they regain; hits: how often a unit of it has less of both after a step than before. Writes
 docs/results/fidelity_<map>.json and .md: means over episodes, and their difference in standard errors, which
-is by chance beyond 3 once in 400 times. --speed writes docs/results/sc2/speed_<map>.json and .md.
+is by chance beyond 3 once in 400 times. --speed writes docs/results/sc2/speed.json and .md.
 """
 
 import argparse
@@ -154,7 +154,10 @@ def speed(env_id, games, seed, steps):
     obs, _ = env.reset()
     workers = [worker.process.pid for worker in env._workers]
     clients = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in workers]
-    parts = {"learner and workers": [os.getpid(), *workers], "StarCraft II": sum(clients, [])}
+    name = (
+        "stand-in" if b"fake_sc2" in Path(f"/proc/{clients[0][0]}/cmdline").read_bytes() else "StarCraft II"
+    )
+    parts = {"learner and workers": [os.getpid(), *workers], name: sum(clients, [])}
     before, times = {name: cpu_seconds(pids) for name, pids in parts.items()}, []
     for _ in range(steps):
         actions, _ = choose(obs, env.avail_actions(), None)
@@ -175,10 +178,10 @@ def report_speed(args, command):
     table = [[f"{x:.3g}" for x in row.values()] for row in rows]
     header = ["games", "step of all games, ms (median)"]
     header += [f"{name}, CPU ms per game and step" for name in list(rows[0])[2:]]
-    text = f"# What a step of {args.env} in StarCraft II costs\n\n{args.steps} steps of random agents"
+    text = f"# What a step of sc2:{args.env} costs\n\n{args.steps} steps of random agents"
     text += "".join(f", {name}={value}" for name, value in extra.items())
     text += f".\n\n{markdown_table(header, table)}\n{describe(about)}\n"
-    out = args.out or RESULTS / "sc2" / f"speed_{args.env}"
+    out = args.out or RESULTS / "sc2" / "speed"
     write_json(out.with_suffix(".json"), {**about, "steps": args.steps, **extra, "results": rows})
     out.with_suffix(".md").write_text(text)
     print(f"{text}\nwritten: {out}.json and .md")
@@ -200,11 +203,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/fidelity.py", *(sys.argv[1:] if argv is None else argv)])
     try:
+        if args.speed:
+            return report_speed(args, command)
         real = make(f"sc2:{args.env}", args.games, seed=args.seed, validate=False)
     except ValueError as error:
         sys.exit(f"fidelity.py: {error}")
-    if args.speed:
-        return report_speed(args, command)
     ours = Singles(real.map_name, args.games, args.seed)
     results = []
     for name in [*args.teams, *args.runs]:
