@@ -61,9 +61,9 @@ class Sc2(Smac):
         self, map_name, num_envs, device, seed, validate=True, difficulty=7, seed_of_game=None, timeout=300,
         save_replay=None,
     ):  # fmt: skip
-        first_seed = seed if seed_of_game is None else seed_of_game
+        seed_of_game = seed if seed_of_game is None else seed_of_game
         require_whole(timeout=timeout)
-        require_whole(low=0, seed_of_game=first_seed)
+        require_whole(low=0, seed_of_game=seed_of_game)
         if not (level := DIFFICULTIES.get(str(difficulty).upper())):
             raise ValueError(f"difficulty must be 1 to 9 or A, got {difficulty!r}")
         if save_replay is not None and not os.path.isabs(str(save_replay)):
@@ -81,7 +81,7 @@ class Sc2(Smac):
         self._battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
         self._recipe = dict(command=command, map_file=map_file, battle=self._battle, difficulty=level)
         self._recipe |= dict(learner=os.getpid(), replays=save_replay)
-        self._timeout, self._seeds, self._failures = timeout, itertools.count(first_seed), [0] * num_envs
+        self._timeout, self._seeds, self._failures = timeout, itertools.count(seed_of_game), [0] * num_envs
         medics = self.sim.kinds["medic"][: self.n_agents] & self._view.is_mmm
         self._first_target = np.where(medics, 0, self.n_agents)  # (N,)
         self._memory = self._games.units.cpu()  # the same memory, or what is copied to the GPU
@@ -132,14 +132,11 @@ class Sc2(Smac):
 
     # ---- workers ----
     def _ask(self, orders):
-        """Give {game: actions and targets, None for a new battle} to workers and read the units they answer.
-
-        Returns the games that broke: their next order goes to a new client.
-        """
+        """Order what {game: actions and targets, or None for a new battle} says -> the games that broke."""
         if self.closed:
             raise RuntimeError(f"sc2:{self.map_name} is closed")
         for game, order in orders.items():
-            if not self._workers[game]:
+            if not self._workers[game]:  # it broke, or never was
                 seed = next(self._seeds) % 2**31
                 self._workers[game] = Worker(self._recipe | {"game": game, "seed": seed})
             self._workers[game].send(order)
@@ -164,10 +161,7 @@ class Sc2(Smac):
         return broken
 
     def close_extras(self):
-        living = [worker for worker in self._workers if worker]
-        for worker in living:
-            worker.pipe.close()  # all at once: each begins to save its replay
-        for worker in living:
+        for worker in filter(None, self._workers):
             worker.kill(GRACE)
 
 

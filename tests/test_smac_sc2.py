@@ -289,8 +289,13 @@ def test_replays_of_all_games(build, tmp_path):
         real = build(f"sc2:3m,save_replay={folder}", num_envs=2)
         real.reset()
         real.close()
+    real = make(f"sc2:8m,save_replay={folder}")
+    real.reset()
+    del real  # as at the end of a program that closes nothing
+    gc.collect()
+    wait_until(lambda: not processes(tmp_path))
     names = sorted(path.name.rsplit("_", 1)[0] for path in folder.iterdir())
-    assert names == ["3m_0", "3m_0", "3m_1", "3m_1"]
+    assert names == ["3m_0", "3m_0", "3m_1", "3m_1", "8m_0"]
     assert all(path.read_bytes().startswith(b"replay of") for path in folder.glob("*.SC2Replay"))
 
 
