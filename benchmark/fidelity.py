@@ -2,20 +2,24 @@
 
     python benchmark/fidelity.py --env mmm
     python benchmark/fidelity.py --env mmm --games 8 --rounds 10 --runs runs/A runs/B
+    python benchmark/fidelity.py --env mmm --speed      # instead of all that: what a step costs, and whom
 
 Needs StarCraft II (docs/envs.md). Plays the four teams of scripted.py and the greedy policies of run folders,
 whichever engine these were trained in. Damage: life and shield that the units of a type lose in an episode,
 without what they regain; hits: how often a unit of it has less of both after a step than before. Writes
 docs/results/fidelity_<map>.json and .md: means over episodes, and their difference in standard errors, which
-is by chance beyond 3 once in 400 times.
+is by chance beyond 3 once in 400 times. --speed writes docs/results/sc2/speed.json and .md.
 """
 
 import argparse
 import importlib
 import json
 import math
+import os
 import shlex
+import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +141,52 @@ def compare(ours, theirs):
     return x.mean().item(), y.mean().item(), difference / error if off and error else off
 
 
+def cpu_seconds(pids):
+    """What processes have used until now; Linux."""
+    words = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(x[11]) + int(x[12]) for x in words) / os.sysconf("SC_CLK_TCK")
+
+
+def speed(env_id, games, seed, steps):
+    """Milliseconds of a step of all games (median), and CPU ms per game and step of us and of the clients."""
+    env = make(env_id, games, seed=seed, validate=False)
+    choose = scripted("random", env.map_name, seed)
+    obs, _ = env.reset()
+    workers = [worker.process.pid for worker in env._workers]
+    clients = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in workers]
+    name = (
+        "stand-in" if b"fake_sc2" in Path(f"/proc/{clients[0][0]}/cmdline").read_bytes() else "StarCraft II"
+    )
+    parts = {"learner and workers": [os.getpid(), *workers], name: sum(clients, [])}
+    before, times = {name: cpu_seconds(pids) for name, pids in parts.items()}, []
+    for _ in range(steps):
+        actions, _ = choose(obs, env.avail_actions(), None)
+        start = time.perf_counter()
+        obs = env.step(actions)[0]
+        times.append(time.perf_counter() - start)
+    per = 1000 / (games * steps)
+    used = {name: (cpu_seconds(pids) - before[name]) * per for name, pids in parts.items()}
+    env.close()
+    return {"games": games, "step of all games": 1000 * statistics.median(times)} | used
+
+
+def report_speed(args, command):
+    """Measure a single game, then all; write the table."""
+    rows = [speed(f"sc2:{args.env}", games, args.seed, args.steps) for games in (1, args.games)]
+    about = metadata(command, threads=torch.get_num_threads())
+    extra = {name: value for name, value in os.environ.items() if name.startswith("FAKE_SC2_")}
+    table = [[f"{x:.3g}" for x in row.values()] for row in rows]
+    header = ["games", "step of all games, ms (median)"]
+    header += [f"{name}, CPU ms per game and step" for name in list(rows[0])[2:]]
+    text = f"# What a step of sc2:{args.env} costs\n\n{args.steps} steps of random agents"
+    text += "".join(f", {name}={value}" for name, value in extra.items())
+    text += f".\n\n{markdown_table(header, table)}\n{describe(about)}\n"
+    out = args.out or RESULTS / "sc2" / "speed"
+    write_json(out.with_suffix(".json"), {**about, "steps": args.steps, **extra, "results": rows})
+    out.with_suffix(".md").write_text(text)
+    print(f"{text}\nwritten: {out}.json and .md")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,9 +197,14 @@ def main(argv=None):
     parser.add_argument("--teams", nargs="*", default=list(TEAMS), choices=TEAMS, help="scripted teams")
     parser.add_argument("--runs", nargs="*", default=[], help="run folders whose policies play, too")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
+    parser.add_argument("--speed", action="store_true", help="only measure the time of a step")
+    parser.add_argument("--steps", type=int, default=300, help="of --speed")
     parser.add_argument("--out", type=Path, help="result files, without suffix")
     args = parser.parse_args(argv)
+    command = shlex.join(["python", "benchmark/fidelity.py", *(sys.argv[1:] if argv is None else argv)])
     try:
+        if args.speed:
+            return report_speed(args, command)
         real = make(f"sc2:{args.env}", args.games, seed=args.seed, validate=False)
     except ValueError as error:
         sys.exit(f"fidelity.py: {error}")
@@ -169,7 +224,6 @@ def main(argv=None):
     verdict = f"{len(different)} of {len(results)} measures differ by more than {LIMIT:g} standard errors"
     if not different:
         verdict = f"equal: none of {len(results)} measures differs by more than {LIMIT:g} standard errors"
-    command = shlex.join(["python", "benchmark/fidelity.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command, threads=torch.get_num_threads())
     numbers = ("embedded", "sc2", "standard_errors")
     rows = [[x["team"], x["measure"], *(f"{x[name]:.3g}" for name in numbers)] for x in results]

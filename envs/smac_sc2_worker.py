@@ -1,9 +1,11 @@
 """Worker process of envs/smac_sc2.py: one client of StarCraft II, through the game's own protocol.
 
-It gets a recipe and then orders from the learner, and answers each. It imports neither torch nor numpy, to
-stay small. What it sends and reads follows smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33.
+It starts the client, then answers each order of the learner with what the units are. Whatever goes wrong ends
+both, with the reason in their log. It imports neither torch nor numpy, to stay small. What it sends and reads
+follows smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -12,9 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from array import array
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,183 +25,126 @@ from websocket import WebSocketException, create_connection
 
 LOOPS_PER_STEP = 8  # step_mul
 MOVES = {2: (0, 2), 3: (0, -2), 4: (2, 0), 5: (-2, 0)}  # north, south, east, west; move_amount
-FIRST_TARGET = 6
 STOP, MOVE, ATTACK, HEAL = 4, 16, 23, 386  # ability ids
 AGENTS, ENEMIES = 1, 2  # owners
-LAST_LOOP = 2**19  # where StarCraft II ends a game by itself (pysc2/env/sc2_env.py)
-PATIENCE = 200  # loops to wait for the units of a new battle
 RACES = {"T": 1, "Z": 2, "P": 3}
+PATIENCE = 200  # loops to wait for the units of a new battle
+# the last one to begin a battle at: StarCraft II ends a game by itself at 2^19 (pysc2/env/sc2_env.py)
+LAST_LOOP = 2**19 - 8 * 400 - PATIENCE - 10
 LIBC = ctypes.CDLL(None)  # loaded here, as nothing may be between fork and exec
 
 
-class Broken(Exception):
-    """What the client did instead of playing."""
-
-
 class Game:
-    """The battles of a map, in one client after the other. `end`: when the order in progress must be done."""
+    """A client of StarCraft II and its battles. `units` (U,) in our order: the dead have health 0."""
 
     def __init__(self, recipe):
-        self.recipe, self.program, self.clients, self.end = SimpleNamespace(**recipe), None, 0, 0.0
+        """_launch."""
+        battle, file = recipe.battle, recipe.map_file
+        self.n_agents, self.n_enemies = battle["n_agents"], battle["n_enemies"]
+        self.seen, self.loop, self.socket = [], 0, None
+        with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
+            port = str(server.getsockname()[1])
+        words = ["-listen", "127.0.0.1", "-port", port, "-tempDir", f"{recipe.folder}/"]
+        # PR_SET_PDEATHSIG: the game ends with its worker, even with one that is killed
+        options = dict(preexec_fn=lambda: LIBC.prctl(1, signal.SIGKILL)) if sys.platform == "linux" else {}
+        program = subprocess.Popen([*recipe.command, *words], stdin=subprocess.DEVNULL, **options)
+        atexit.register(program.wait)
+        atexit.register(program.kill)  # comes before that
+        while not self.socket:
+            if program.poll() is not None:
+                sys.exit(f"StarCraft II ended at once (exit code {program.returncode})")
+            time.sleep(0.05)
+            with contextlib.suppress(ConnectionError, WebSocketException):  # it does not listen yet
+                self.socket = create_connection(f"ws://127.0.0.1:{port}/sc2api", http_no_proxy=["127.0.0.1"])
+        ground = {"map_path": f"SMAC_Maps/{file.name}", "map_data": file.read_bytes()}
+        agents, enemies = (RACES[battle[f"{side}_race"]] for side in ("ally", "enemy"))
+        players = [{"type": 1}, {"type": 2, "race": enemies, "difficulty": recipe.difficulty}]
+        self.ask(create_game={"local_map": ground, "random_seed": recipe.seed, "player_setup": players})
+        self.ask(join_game={"race": agents, "options": {"raw": True, "score": False}})
 
     def ask(self, **request):
         """The game's answer to a request, as in `ask(step={"count": 8})`."""
         (name,) = request
-        self.socket.settimeout(max(0.001, self.end - time.monotonic()))
         self.socket.send_binary(messages.Request(**request).SerializeToString())
-        if not (data := self.socket.recv()):
-            raise ConnectionError  # the game has closed it
-        response = messages.Response.FromString(data)
-        answer, trouble = getattr(response, name), list(response.error)
-        if name in ("create_game", "join_game") and answer.HasField("error"):
-            trouble += [type(answer).Error.Name(answer.error), answer.error_details]
-        if trouble:
-            raise Broken(f"StarCraft II answers {name} with an error: {' '.join(trouble).strip()}")
-        if name == "step" and response.status != messages.in_game:
-            raise Broken("StarCraft II ended the game")
-        return answer
-
-    def launch(self):
-        """_launch: a client and a game in it. Each has a seed of its own."""
-        with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
-            port = server.getsockname()[1]
-        words = ["-listen", "127.0.0.1", "-port", str(port), "-tempDir", f"{self.recipe.folder}/"]
-        options = dict(env=os.environ | self.recipe.environ, stdin=subprocess.DEVNULL, preexec_fn=follow)
-        self.program, self.socket = subprocess.Popen([*self.recipe.command, *words], **options), None
-        while self.socket is None:
-            if self.program.poll() is not None:
-                raise Broken(f"StarCraft II ended at once (exit code {self.program.poll()})")
-            if time.monotonic() > self.end:
-                raise TimeoutError
-            with contextlib.suppress(ConnectionError, WebSocketException):  # it does not listen yet
-                address, options = f"ws://127.0.0.1:{port}/sc2api", dict(http_no_proxy=["127.0.0.1"])
-                self.socket = create_connection(address, timeout=self.end - time.monotonic(), **options)
-            time.sleep(0.05)
-        game, seed = self.recipe.game, (self.recipe.seed + 1_000_003 * self.clients) % 2**31
-        agents, enemies = (RACES[race] for race in self.recipe.races)
-        players = [{"type": 1}, {"type": 2, "race": enemies, "difficulty": self.recipe.difficulty}]
-        self.ask(create_game={"local_map": game, "random_seed": seed, "player_setup": players})
-        self.ask(join_game={"race": agents, "options": {"raw": True, "score": False}})
-        self.clients += 1
+        response = messages.Response.FromString(self.socket.recv() or b"")  # empty: it has closed the socket
+        good = messages.init_game if name == "create_game" else messages.in_game
+        if response.error or response.status != good:
+            sys.exit(f"StarCraft II answers {name} with an error: {response}")
+        return getattr(response, name)
 
     def observe(self):
         observation = self.ask(observation={}).observation
-        self.loop, self.units = observation.game_loop, observation.raw_data.units
+        self.loop, self.seen = observation.game_loop, observation.raw_data.units
 
-    def step(self, actions):
-        """Play actions (N,) for 8 loops. step, update_units."""
-        orders = [self.order(i, action) for i, action in enumerate(actions) if action]
-        self.ask(action={"actions": [{"action_raw": {"unit_command": order}} for order in orders]})
+    def step(self, actions, targets):
+        """Play actions (N,), which act on units `targets` (N,), for 8 loops. step, update_units."""
+        orders = map(self.order, self.units, actions, targets)
+        commands = [{"action_raw": {"unit_command": order}} for order in orders if order]
+        self.ask(action={"actions": commands})
         self.ask(step={"count": LOOPS_PER_STEP})
         self.observe()
-        seen = {unit.tag: unit for unit in self.units}
-        for i, tag in enumerate(self.tags):
-            if tag in seen:
-                self.rows[i] = row(seen[tag])
-            else:  # dead: the rest stays as it was
-                self.rows[i][2] = 0.0
-        return self.table()
+        seen = {unit.tag: unit for unit in self.seen}
+        for i, unit in enumerate(self.units):
+            unit.health = 0  # of the dead: the rest stays as it was
+            self.units[i] = seen.get(unit.tag, unit)
+        return self.answer()
 
-    def order(self, i, action):
-        """What agent i is told. get_agent_action."""
-        order, target = {"unit_tags": [self.tags[i]]}, action - FIRST_TARGET
+    def order(self, agent, action, target):
+        """What an agent is told; None for no-op, of the dead. get_agent_action."""
+        order = {"unit_tags": [agent.tag], "ability_id": STOP}
         if target >= 0:
-            heals = self.recipe.medics[i]
-            tag = self.tags[target if heals else self.recipe.n_agents + target]
-            return order | {"ability_id": HEAL if heals else ATTACK, "target_unit_tag": tag}
-        if action not in MOVES:
-            return order | {"ability_id": STOP}
-        place = {"x": self.rows[i][0] + MOVES[action][0], "y": self.rows[i][1] + MOVES[action][1]}
-        return order | {"ability_id": MOVE, "target_world_space_pos": place}
+            order["ability_id"] = HEAL if target < self.n_agents else ATTACK
+            order["target_unit_tag"] = self.units[target].tag
+        elif action in MOVES:
+            x, y = MOVES[action]
+            order["ability_id"] = MOVE
+            order["target_world_space_pos"] = {"x": agent.pos.x + x, "y": agent.pos.y + y}
+        return order if action else None
 
     def reset(self):
-        """A new battle -> its enemies' types, its units' most life, and the units. reset, init_units."""
-        killed, recipe = set(), self.recipe
-        if self.program and self.loop + (recipe.limit + PATIENCE) * LOOPS_PER_STEP > LAST_LOOP:
-            self.close()
-        if self.program is None:
-            self.end += recipe.start
-            self.launch()
-        else:  # all that is there, also a battle that followed a tie by itself
-            killed = {unit.tag for unit in self.units if unit.owner in (AGENTS, ENEMIES)}
+        """A new battle. reset, init_units."""
+        killed = {unit.tag for unit in self.seen if unit.owner in (AGENTS, ENEMIES)}
+        if killed:  # all that is there, also a battle that followed a tie by itself
             self.ask(debug={"debug": [{"kill_unit": {"tag": killed}}]})
             self.ask(step={"count": 2})
         for _ in range(PATIENCE):
             self.observe()
-            new = [unit for unit in self.units if unit.tag not in killed]
+            new = [unit for unit in self.seen if unit.tag not in killed]
             agents, enemies = ([unit for unit in new if unit.owner == side] for side in (AGENTS, ENEMIES))
-            if (len(agents), len(enemies)) == (recipe.n_agents, recipe.n_enemies):
-                break
+            if (len(agents), len(enemies)) == (self.n_agents, self.n_enemies):
+                # agents by type and place, enemies as the game shows them
+                agents.sort(key=lambda unit: (unit.unit_type, unit.pos.x, unit.pos.y))
+                self.units = agents + enemies
+                return self.answer()
             self.ask(step={"count": 1})
-        else:
-            raise Broken(f"StarCraft II begins a battle of {len(agents)} agents and {len(enemies)} enemies")
-        # agents by type and place, enemies as the game shows them
-        units = sorted(agents, key=lambda unit: (unit.unit_type, unit.pos.x, unit.pos.y)) + enemies
-        self.tags, self.rows = [unit.tag for unit in units], [row(unit) for unit in units]
-        return [unit.unit_type for unit in enemies], [unit.health_max for unit in units], self.table()
+        sys.exit(f"StarCraft II begins a battle of {len(agents)} agents and {len(enemies)} enemies")
 
-    def table(self):
-        return array("f", [value for row in self.rows for value in row]).tobytes()
-
-    def close(self):
-        """End the client; before that save its replay, if one is wanted."""
-        self.end = time.monotonic() + 10
-        with contextlib.suppress(Exception):  # of a client that is gone
-            if self.recipe.replays:
-                data = self.ask(save_replay={}).data
-                Path(f"{self.recipe.replays}_{time.time_ns()}.SC2Replay").write_bytes(data)
-        if self.program:
-            self.program.kill()
-            self.program.wait()
-        self.program = None
-
-
-def row(unit):
-    """In the order of FIELDS of envs/smac_sc2.py."""
-    return [unit.pos.x, unit.pos.y, unit.health, unit.shield, unit.energy, unit.weapon_cooldown]
-
-
-def follow():
-    """The game ends with its worker, even with one that is killed."""
-    if sys.platform == "linux":
-        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def watch(learner, folder):
-    """End the whole process group once the learner is gone, however it went and whatever the game does."""
-    while os.getppid() == learner:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGTERM)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(0, signal.SIGKILL)
+    def answer(self):
+        """Enemies' types (M,), the most life of all units (U,), and FIELDS of envs/smac_sc2.py (U, 6)."""
+        types, lives = [x.unit_type for x in self.units[self.n_agents :]], [x.health_max for x in self.units]
+        rows = [(x.pos.x, x.pos.y, x.health, x.shield, x.energy, x.weapon_cooldown) for x in self.units]
+        return types, lives, array("f", [value for row in rows for value in row]).tobytes()
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: None)  # is for the learner; by default again in the game
-    learner = Connection(int(sys.argv[1]))
-    game = Game(learner.recv())
-    threading.Thread(target=watch, args=(game.recipe.learner, game.recipe.folder), daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):  # the learner is gone
-        while order := learner.recv():
-            game.end = time.monotonic() + game.recipe.timeout
-            try:
-                answer = getattr(game, order[0])(*order[1:])
-            except Exception as error:
-                answer = RuntimeError(reason_of(error, game.recipe.timeout))
-            learner.send(answer)
-    game.close()
-    shutil.rmtree(game.recipe.folder, ignore_errors=True)
-
-
-def reason_of(error, timeout):
-    """Why a client does not play on, in a few words."""
-    if "timeout" in type(error).__name__.lower():
-        return f"StarCraft II has not answered for {timeout} s"
-    if isinstance(error, (OSError, WebSocketException)):
-        return "StarCraft II hung up"
-    if not isinstance(error, Broken):
-        traceback.print_exc()  # into the log: a mistake of ours
-    return str(error)
+    pipe = Connection(0)
+    recipe = SimpleNamespace(**pipe.recv())
+    atexit.register(shutil.rmtree, recipe.folder, ignore_errors=True)
+    # leave within seconds of the learner's end, however that came and whatever the game does
+    signal.signal(signal.SIGALRM, lambda *_: os.getppid() == recipe.learner or sys.exit())
+    signal.setitimer(signal.ITIMER_REAL, 5, 5)
+    try:
+        game = Game(recipe)
+        with contextlib.suppress(EOFError):  # the learner closes the pipe, or is gone
+            while (order := pipe.recv()) or game.loop < LAST_LOOP:
+                pipe.send(game.step(*order) if order else game.reset())
+            print(f"StarCraft II ends a game in its loop {LAST_LOOP}, or soon after", file=sys.stderr)
+        signal.alarm(10)  # so long the replay may take
+        if recipe.replays:
+            name = f"{recipe.map_file.stem}_{recipe.game}_{time.time_ns()}.SC2Replay"
+            Path(recipe.replays, name).write_bytes(game.ask(save_replay={}).data)
+    except (OSError, WebSocketException) as error:
+        sys.exit(f"StarCraft II hung up: {error}")
 
 
 if __name__ == "__main__":

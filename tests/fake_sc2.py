@@ -1,5 +1,6 @@
 """Stand-in for StarCraft II: speaks its messages over a websocket of its own and plays our embedded engine.
 
+    python tests/fake_sc2.py install ~/standin && export SC2PATH=~/standin
     python tests/fake_sc2.py -listen 127.0.0.1 -port 5000 -dataDir X -tempDir Y      # as the game is started
 
 Trouble comes from the environment. Counted in step requests of one process: FAKE_SC2_CRASH=n leaves,
@@ -7,22 +8,27 @@ FAKE_SC2_HANG=n never answers again, FAKE_SC2_END=n ends the game as StarCraft I
 FAKE_SC2_ERROR=n answers with an error, FAKE_SC2_TIE=n kills everybody; FAKE_SC2_ONCE=path: all these only
 in the first process that can create this file. FAKE_SC2_LAUNCH=1 leaves before it listens, FAKE_SC2_LOOP=n
 begins at this loop, FAKE_SC2_LATE=n shows the last units of a battle n loops late, FAKE_SC2_REVERSED=1 shows
-units from the last to the first, FAKE_SC2_LIFE=x: the first enemy has that much more life at most.
-FAKE_SC2_LOG=path gets a line for each game: process id, port, seed, difficulty and race of the computer.
+units from the last to the first, FAKE_SC2_LIFE=x: the first enemy has that much more life at most,
+FAKE_SC2_SLEEP=n: a step takes n ms more. FAKE_SC2_LOG=path gets a line for each game: process id, port, seed,
+difficulty and race of the computer. FAKE_SC2_HALL=path: a hall at this socket forks who plays (`hall()`).
 """
 
 import base64
 import hashlib
+import json
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 OURS, THEIRS = 1, 2
-IN_GAME, ENDED, LAUNCHED, INIT_GAME = 3, 4, 1, 2
+LAUNCHED, INIT_GAME, IN_GAME, ENDED = 1, 2, 3, 5  # messages.Status
 
 
 def install(folder):
@@ -41,6 +47,48 @@ def install(folder):
 
 def option(name):
     return int(os.environ.get(f"FAKE_SC2_{name}", 0))
+
+
+# ---- processes that need not import torch first ----
+def hall(path):
+    """Fork a client for everyone who connects to `path`, that ends together with the one that did."""
+    import torch
+
+    import envs.smac  # noqa: F401
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.bind(path)
+    server.listen()
+    print("open", flush=True)
+    threading.Thread(target=end_with, args=[sys.stdin], daemon=True).start()
+    while True:
+        guest, _ = server.accept()
+        if not os.fork():
+            data, (stderr,), _, _ = socket.recv_fds(guest, 2**20, 1)
+            threading.Thread(target=end_with, args=[guest.makefile()], daemon=True).start()
+            os.dup2(stderr, 2)
+            sys.argv[:], environ = json.loads(data)
+            os.environ.clear()
+            os.environ.update(environ)
+            try:
+                play()
+            finally:
+                os._exit(1)
+        guest.close()
+
+
+def end_with(file):
+    file.read()
+    os._exit(1)
+
+
+def be_guest(path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.connect(path)
+        socket.send_fds(door, [json.dumps([sys.argv, dict(os.environ)]).encode()], [2])
+        door.recv(1)
 
 
 # ---- websocket, the server's side ----
@@ -93,7 +141,7 @@ class Game:
         self.env = Smac(name, 1, "cpu", request.random_seed, validate=False)
         self.env.reset()
         self.units, self.n = self.env.units, self.env.n_agents
-        stats = __import__("json").loads((HERE.parent / "envs" / "smac_units.json").read_text())["units"]
+        stats = json.loads((HERE.parent / "envs" / "smac_units.json").read_text())["units"]
         stock = {name: unit["game_ids"]["enemy"] or "0)" for name, unit in stats.items()}
         stock = {name: int(re.search(r"(\d+)\)", text)[1]) for name, text in stock.items()}
         order = list(dict.fromkeys(self.env.sim.types[: self.n]))
@@ -179,7 +227,7 @@ class Game:
                 unit.health_max += option("LIFE")
 
 
-def main():
+def play():
     host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("-listen", "-port"))
     trouble = {name: option(name) for name in ("CRASH", "HANG", "END", "ERROR", "TIE")}
     if once := os.environ.get("FAKE_SC2_ONCE"):
@@ -187,12 +235,9 @@ def main():
             os.close(os.open(once, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             trouble = dict.fromkeys(trouble, 0)
-    if option("LAUNCH"):
-        sys.exit("no graphics here")
     websocket, status, steps = Websocket(host, int(port)), LAUNCHED, 0
     from s2clientprotocol import sc2api_pb2 as messages
 
-    sys.path.insert(0, str(HERE.parent))
     while data := websocket.receive():
         request, response = messages.Request.FromString(data), messages.Response()
         kind = request.WhichOneof("request")
@@ -228,6 +273,7 @@ def main():
             if steps == trouble["TIE"]:
                 game.kill(game.tags)
             game.step(request.step.count)
+            time.sleep(option("SLEEP") / 1000)
         elif kind == "debug":
             for command in request.debug.debug:
                 game.kill(set(command.kill_unit.tag))
@@ -235,6 +281,19 @@ def main():
             body.data = f"replay of seed {os.getpid()}".encode()
         response.status = status
         websocket.send(response.SerializeToString())
+
+
+def main():
+    if sys.argv[1] == "install":
+        install(Path(sys.argv[2]))
+    elif sys.argv[1] == "hall":
+        hall(sys.argv[2])
+    elif option("LAUNCH"):
+        sys.exit("no graphics here")
+    elif path := os.environ.get("FAKE_SC2_HALL"):
+        be_guest(path)
+    else:
+        play()
 
 
 if __name__ == "__main__":
