@@ -21,17 +21,18 @@ METHODS = {
     "coma_4": "COMA, an iteration per 4 games, not 8", "maddpg_128": "MADDPG, replay of 128 steps",
 }  # fmt: skip
 LAST = 5  # evaluations
-CLAIM = """[DOP], section 3.1: with a joint critic, COMA, MADDPG and MAAC explore the optimum of this game (10
-agents, 10 actions, +10 if all take the first, else -10) but cannot learn it; DOP converges to it with the
-same replay."""
-ANSWER = """In part: DOP holds the optimum at the end in {dop} seeds, where COMA misses or loses it ({coma}), but
-MADDPG with its replay holds it as well ({maddpg}; with a replay of 128 steps {maddpg_128}); MAAC: {maac}."""
-READING = """Either is enough: a decomposed critic, even with next to no replay (on-policy DOP draws from the latest
-32 episodes), or replay, even without decomposition (MADDPG). Without both (COMA, also with as many iterations
-as DOP; MADDPG with a replay of 128 steps) the optimum is missed or lost in a third of the seeds and more. Not
-to leave it even once is what decomposed values show (DOP's critics, QMIX's mixing). Not separated: learning
-rates (MADDPG's published ones are quick), networks and batches are each method's own. Episodes have one step,
-so tree backup and TD(lambda) are not exercised."""
+CLAIM = """The paper, section 3.1: with a joint critic, COMA, MADDPG and MAAC explore the optimum of this
+game (10 agents, 10 actions, +10 if all take the first, else -10) but cannot learn it; DOP converges to it
+with the same replay."""
+ANSWER = """In part: DOP holds the optimum at the end in {dop} seeds, where COMA misses or loses it ({coma}),
+but MADDPG with its replay holds it as well ({maddpg}; with a replay of 128 steps {maddpg_128}); MAAC:
+{maac}."""
+READING = """Either is enough: a decomposed critic, even with next to no replay (on-policy DOP draws from the
+latest 32 episodes), or replay, even without decomposition (MADDPG). Without both (COMA, also with as many
+iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or lost in a third of the seeds
+and more. Not to leave it even once is what decomposed values show (DOP's critics, QMIX's mixing). Not
+separated: learning rates (MADDPG's published ones are quick), networks and batches are each method's own.
+Episodes have one step, so tree backup and TD(lambda) are not exercised."""
 LEGEND = f"""An evaluation returns 10 or -10. Found: 10 in at least one. Held: 10 in each of the last {LAST}.
 Lost: found and not held. Never left: 10 in each evaluation after the first with 10. Numbers of seeds, with
 Wilson's 95% interval; so are the bands in the figure."""
@@ -56,7 +57,9 @@ def draw(methods, out):
     figure, axes = plt.subplots(figsize=(8.0, 4.0), layout="constrained")
     for name, report in methods.items():
         curves = [run["curves"]["eval/episodic_return"] for run in report["runs"]]
-        found = [sum(value > 9 for value in values) for values in zip(*(x["value"] for x in curves), strict=True)]
+        found = [
+            sum(value > 9 for value in values) for values in zip(*(x["value"] for x in curves), strict=True)
+        ]
         low, high = zip(*(wilson(x, len(curves)) for x in found), strict=True)
         axes.plot(curves[0]["step"], [x / len(curves) for x in found], label=name, linewidth=2)
         axes.fill_between(curves[0]["step"], low, high, alpha=0.08, linewidth=0)

@@ -76,8 +76,12 @@ def sources(folder, reports):
     items = []
     for name, report in reports.items():
         metric, target = report.get("metric", "eval/win_rate"), report.get("target", 0.9)
-        flags = "" if (metric, target) == ("eval/win_rate", 0.9) else f" --metric {metric} --target {target:g}"
-        command = f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(report['seeds'])}{flags}"
+        flags = (
+            "" if (metric, target) == ("eval/win_rate", 0.9) else f" --metric {metric} --target {target:g}"
+        )
+        command = (
+            f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(report['seeds'])}{flags}"
+        )
         command += f" --workers {report['workers']} -- {report['command']}"
         commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
         hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())

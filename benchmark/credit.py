@@ -115,7 +115,13 @@ def draw(checkpoints, out):
     columns = 5
     rows = -(-credit.shape[1] // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(10.4, 2.6 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(10.4, 2.6 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for i, axes in enumerate(grid.flat[: credit.shape[1]]):
         values = FORCES.numpy(), steps, credit[:, i].numpy()
@@ -140,10 +146,10 @@ def section(content):
     header = ["agent", "greedy force", "k_i", "Q_i: clockwise minus counter-clockwise", "the same of k_i Q_i"]
     text = f"""## Credit on the mill (Fig. 4, right)
 
-Agent i's part of Q_tot = sum_i k_i Q_i + b, by its own force and over training: k_i Q_i, as Q_i alone cannot be
-compared between agents of different k_i. Averages over the states that the greedy policy of each checkpoint
-meets in {GAMES} games with fixed seeds. Only clockwise wins: a team that spins the stone the other way gets -10.
-One agent may push the wrong way while nine win, two may not.
+Agent i's part of Q_tot = sum_i k_i Q_i + b, by its own force and over training: k_i Q_i, as Q_i alone cannot
+be compared between agents of different k_i. Averages over the states that the greedy policy of each
+checkpoint meets in {GAMES} games with fixed seeds. Only clockwise wins: a team that spins the stone the
+other way gets -10. One agent may push the wrong way while nine win, two may not.
 
 ![what each agent is credited with](credit.png)
 

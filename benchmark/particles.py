@@ -182,36 +182,40 @@ def published_table():
 
 
 # ---- pages ----
-LEGEND = f"""Win rates and returns are greedy, over {{games}} games with fixed seeds, and means over the evaluations
-after 80% of the steps. Solved: a win rate of at least {SOLVED:g} in an evaluation; numbers of seeds with Wilson's
-95% interval.
+LEGEND = f"""Win rates and returns are greedy, over {{games}} games with fixed seeds, and means over the
+evaluations after 80% of the steps. Solved: a win rate of at least {SOLVED:g} in an evaluation; numbers of
+seeds with Wilson's 95% interval.
 
 {NOTE}"""
-CLAIM_4 = """[DOP], section 5.2 (curves of 12 seeds): on aggregation MADDPG and MAAC find rewarding configurations
-but quickly diverge, where deterministic DOP converges with stability; on the mill it outperforms both, because
-it learns to credit pushing clockwise."""
-ANSWER_4 = """In part: deterministic DOP keeps aggregation solved throughout the last fifth in {dop_aggregation}
-seeds and the mill in {dop_mill}, but so does MADDPG ({maddpg_aggregation} and {maddpg_mill}); MAAC loses a part
-of aggregation again ({maac_aggregation}) and keeps the mill ({maac_mill}); credit: {credit}."""
-CLAIM_SPREAD = """Ours, as spread is no task of [DOP]: with the same budget our MADDPG reaches on mpe2's
-simple_spread what other libraries publish, and deterministic DOP and MAAC learn it too."""
-ANSWER_SPREAD = """MADDPG ends at {maddpg}, within the range of other libraries ({worst:.1f} to {best:.1f} in our
-unit, the nearer to 0 the better); deterministic DOP, with MADDPG's discount and speed of the actors, reaches
-{dop} in half of the steps and MAAC {maac}."""
+CLAIM_4 = """The paper, section 5.2 (curves of 12 seeds): on aggregation MADDPG and MAAC find rewarding
+configurations but quickly diverge, where deterministic DOP converges with stability; on the mill it
+outperforms both, because it learns to credit pushing clockwise."""
+ANSWER_4 = """In part: deterministic DOP keeps aggregation solved throughout the last fifth in
+{dop_aggregation} seeds and the mill in {dop_mill}, but so does MADDPG ({maddpg_aggregation} and
+{maddpg_mill}); MAAC loses a part of aggregation again ({maac_aggregation}) and keeps the mill ({maac_mill});
+credit: {credit}."""
+CLAIM_SPREAD = """Ours, as spread is no task of the papers: on mpe2's simple_spread MADDPG reaches what other
+libraries publish for it."""
+ANSWER_SPREAD = """MADDPG ends at {maddpg}, within the range of other libraries ({worst:.1f} to {best:.1f} in
+our unit, the nearer to 0 the better); deterministic DOP, with MADDPG's discount and speed of the actors,
+reaches {dop} and MAAC {maac}, in fewer steps (see the table)."""
+WRITTEN = "Written by `python benchmark/particles.py`."
 UNIT = """Returns: greedy, of one evaluation, in our unit: the reward of a step is the *mean* over agents,
 local_ratio is 0.5. The last column is mpe2's sum over agents."""
 
 
-def load_tasks(folder):
-    """{task: {label: report}} of the tasks of a folder."""
-    reports = load_sets(folder)
-    tasks = {task: {x: reports[name] for name, x in sets.items() if name in reports} for task, sets in TASKS.items()}
-    return {task: x for task, x in tasks.items() if x and (folder == "spread") == (task == "spread")}
+def load_tasks(*names):
+    """{task: {label: report}} of those tasks that have sets of runs."""
+    tasks = {}
+    for task in names:
+        reports = load_sets("spread" if task == "spread" else "fig4")
+        tasks[task] = {label: reports[name] for name, label in TASKS[task].items() if name in reports}
+    return {task: reports for task, reports in tasks.items() if reports}
 
 
-def write_fig4():
+def write_fig4(tasks):
     """Fig. 4 of [DOP]: left, middle, and the credit on the right."""
-    tasks, reports = load_tasks("fig4"), load_sets("fig4")
+    reports = load_sets("fig4")
     counts = {name: outcomes(report)[-1] for name, report in reports.items()}
     counts = {name: f"{sum(x)} of {len(x)}" for name, x in counts.items()}
     place = common.RESULTS / "fig4"
@@ -230,34 +234,32 @@ def write_fig4():
         credited = f"{credit.above(content['checkpoints'][-1])} agents have clockwise above"
     names = [f"{algorithm}_{task}" for algorithm in ALGORITHMS for task in TASKS]
     answer = ANSWER_4.format(**dict.fromkeys(names, "not run") | counts, credit=credited)
-    command = "Written by `python benchmark/particles.py`."
-    title = "Fig. 4 of DOP: aggregation and mill"
-    write_page("fig4", title, CLAIM_4, answer, *parts, command, sources("fig4", reports))
+    parts += [WRITTEN, sources("fig4", reports)]
+    write_page("fig4", "Fig. 4 of DOP: aggregation and mill", CLAIM_4, answer, *parts)
 
 
-def write_spread():
-    """The page of spread."""
-    reports = load_tasks("spread")["spread"]
+def write_spread(reports):
+    """The page of spread, from {label: report}."""
     draw_panels({"spread": reports}, common.RESULTS / "spread" / "return.png", "eval/episodic_return")
-    ends = {name: "not run" for name in ALGORITHMS}
-    ends |= {x: iqm_of(returns_at(reports[label], float("inf"))) for x, label in ALGORITHMS.items() if label in reports}
+    ends = {label: iqm_of(returns_at(report, float("inf"))) for label, report in reports.items()}
+    ends = {name: ends.get(label, "not run") for name, label in ALGORITHMS.items()}
     published = [row[-1] for row in PUBLISHED if "random" not in row[0]]
     answer = ANSWER_SPREAD.format(**ends, worst=min(published), best=max(published))
-    table = spread_table(reports, reference_returns())
-    parts = ["![return](return.png)", table, UNIT, NOTE, "## Known implementations", published_table(), COUNTED]
-    command = "Written by `python benchmark/particles.py`."
-    write_page("spread", "Spread, beside other libraries", CLAIM_SPREAD, answer, *parts, command,
-               sources("spread", load_sets("spread")))  # fmt: skip
+    parts = ["![return](return.png)", spread_table(reports, reference_returns()), UNIT, NOTE]
+    parts += ["## Known implementations", published_table(), COUNTED, WRITTEN]
+    parts.append(sources("spread", load_sets("spread")))
+    write_page("spread", "Spread, beside other libraries", CLAIM_SPREAD, answer, *parts)
 
 
 def main(argv=None):
     no_arguments(__doc__, argv)
-    if not load_tasks("fig4") and not load_tasks("spread"):
+    tasks, spread = load_tasks("aggregation", "mill"), load_tasks("spread")
+    if not tasks and not spread:
         sys.exit("particles.py: docs/results has no sets of runs in fig4 or spread yet")
-    if load_tasks("fig4"):
-        write_fig4()
-    if load_tasks("spread"):
-        write_spread()
+    if tasks:
+        write_fig4(tasks)
+    if spread:
+        write_spread(spread["spread"])
 
 
 if __name__ == "__main__":

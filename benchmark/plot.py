@@ -1,4 +1,4 @@
-"""Learning curves of sets of runs: interquartile mean over seeds, its 95% interval, every seed as a thin line.
+"""Learning curves of sets of runs: interquartile mean over seeds, its 95% interval, each seed as a thin line.
 
     python benchmark/plot.py docs/results/fig3/dop_mmm.json
     python benchmark/plot.py docs/results/fig3/{dop,coma}_mmm.json --labels DOP COMA --out both.png
@@ -41,9 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--x", choices=AXES, default="step", help="horizontal axis")
     parser.add_argument("--until", type=float, help="where the horizontal axis ends")
     parser.add_argument("--hline", type=float, help="a dashed line at this height, such as a paper's number")
-    parser.add_argument(
-        "--out", type=Path, help="PNG file; default: beside the first file, under its name"
-    )
+    parser.add_argument("--out", type=Path, help="PNG file; default: beside the first file, under its name")
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.files):
         parser.error(f"{len(args.files)} files need as many --labels, got {len(args.labels)}")
@@ -92,7 +90,7 @@ def draw(axes, curves, colour):
 
 
 def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=None, hline=None):
-    """A PNG of learning curves; panels: {title: {label: report}}, labels: their order and so their colours."""
+    """A PNG of learning curves; panels: {title: {label: report}}, labels: their order, so their colours."""
     labels = [x for x in labels or {} if any(x in panel for panel in panels.values())]
     labels = labels or list(dict.fromkeys(label for panel in panels.values() for label in panel))
     columns = min(len(panels), 3)
@@ -123,10 +121,8 @@ def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=N
         text = f"{label} ({' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])})"
         handles.append(plt.Line2D([], [], color=f"C{i}", linewidth=2.0, label=text))
     note = "bold: interquartile mean, band: 95% bootstrap interval over seeds"
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=2 * columns - 1, frameon=False, fontsize=9, title=note,
-        title_fontsize=7,
-    )  # fmt: skip
+    style = dict(frameon=False, fontsize=9, title=note, title_fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns - 1, **style)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     plt.close(figure)

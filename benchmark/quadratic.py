@@ -1,4 +1,5 @@
-"""docs/results/masql_fig3/README.md: who finds the better optimum of the quadratic game; what annealing changes.
+"""docs/results/masql_fig3/README.md: who finds the better optimum of the quadratic game, with which
+annealing.
 
     python benchmark/quadratic.py
 
@@ -25,10 +26,10 @@ from envs import make
 
 EPOCH, LAST, THRESHOLD = 100, 5, 9.0  # steps, epochs, reward
 PAPER = {"masql": "72% of 50", "maddpg": "0 of 50"}
-CLAIM = """[MASQL]: its sampler of joint actions finds the better of two optima in 72% of 50 runs, once the
+CLAIM = """The paper: its sampler of joint actions finds the better of two optima in 72% of 50 runs, once the
 temperature is annealed, where MADDPG never does."""
-ANSWER = """Yes, and more often: MASQL in {masql}, MADDPG in {maddpg} by greedy reward; why the paper has 72% is
-open."""
+ANSWER = """Yes, and more often: MASQL in {masql}, MADDPG in {maddpg} by greedy reward; why the paper has 72%
+is open."""
 
 
 def final_reward(run):
@@ -64,7 +65,9 @@ def algorithms(reports):
         seconds = [run["wall_seconds"] for run in report["runs"]]
         spread = f"{rewards[0]:.2f} / {statistics.median(rewards):.2f} / {rewards[-1]:.2f}"
         wall = f"{statistics.median(seconds):.1f} ({max(seconds):.1f})"
-        rows.append([f"`{report['command']}`", rate(report), rate(report, greedy_reward), PAPER[name], spread, wall])
+        rows.append(
+            [f"`{report['command']}`", rate(report), rate(report, greedy_reward), PAPER[name], spread, wall]
+        )
     header = ["command", "by training reward", "by greedy reward", "paper"]
     return markdown_table([*header, "greedy reward: min / median / max", "seconds per run"], rows)
 
@@ -88,13 +91,19 @@ def main(argv=None):
     draw_panels({"quadratic": panel}, common.RESULTS / "masql_fig3" / "reward.png", "charts/episodic_return")
     found = {name: "not run" for name in PAPER} | {name: rate(x, greedy_reward) for name, x in both.items()}
     cells = [report for name, report in reports.items() if name.startswith("masql")]
-    legend = f"""Runs that converged to the better optimum (reward 10; 0 at the other), with Wilson's 95% interval: by
-the mean training reward of the last {LAST} epochs and by the last greedy evaluation, each above {THRESHOLD:g}. MADDPG
-cannot by the first: with policies held at the better optimum its noise would leave a training reward of
-{reward_under_noise():.1f}. Seconds: median (slowest), from launch to exit."""
-    schedules = """Annealing of MASQL's temperature to 0.001 from step 10,000 on, over 1,500 steps unless instant, by
-training reward; the paper asks for annealing methods that converge more often:"""
-    parts = ["![return of an epoch of 100 steps](reward.png)", algorithms(both), legend, schedules, annealing(cells)]
+    legend = f"""Runs that converged to the better optimum (reward 10; 0 at the other), with Wilson's 95%
+interval: by the mean training reward of the last {LAST} epochs and by the last greedy evaluation, each above
+{THRESHOLD:g}. MADDPG cannot by the first: with policies held at the better optimum its noise would leave a
+training reward of {reward_under_noise():.1f}. Seconds: median (slowest), from launch to exit."""
+    schedules = """Annealing of MASQL's temperature to 0.001 from step 10,000 on, over 1,500 steps unless
+instant, by training reward; the paper asks for annealing methods that converge more often:"""
+    parts = [
+        "![return of an epoch of 100 steps](reward.png)",
+        algorithms(both),
+        legend,
+        schedules,
+        annealing(cells),
+    ]
     command = "Written by `python benchmark/quadratic.py`."
     title = "Fig. 3 of MASQL: the quadratic game"
     answer = ANSWER.format(**found)

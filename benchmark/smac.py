@@ -29,17 +29,20 @@ METHODS = {
 }
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
 TARGET = 0.9
-CLAIM = """[DOP], section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin; replay
-and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as agents grow
-(12 seeds, nine maps, millions of steps of StarCraft II)."""
+CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
+replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
+agents grow (12 seeds, nine maps, millions of steps of StarCraft II)."""
+ACROSS = """Across maps: IQM over all seeds and maps, and the probability that a run of DOP is better than
+one of the other method on the same map, at the steps that both have there:"""
 LEGEND = f"""A score is the mean win rate of a seed after 80% of the steps: of greedy evaluations, or of the
 exploring policies while they train (each method explores in its own way, so that compares a method with
 itself). First at the steps that all sets of a table have; then, where some are longer, at a set's own end.
-Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least {TARGET:g}, and
-the median of the steps that it took, where half of the seeds got there. At {TARGET:g} to the end: seeds whose
-greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval. Entropy: of the policies
-at the end, median. Battles of a map begin alike, so that greedy teams often win nearly all or nearly none; the
-exploring rate shows the trend. The battles are those of this repository's simulator, not StarCraft II.
+Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
+{TARGET:g}, and the median of the steps that it took, where half of the seeds got there. At {TARGET:g} to the
+end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
+Entropy: of the policies at the end, median. Battles of a map begin alike, so that greedy teams often win
+nearly all or nearly none; the exploring rate shows the trend. The battles are those of this repository's
+simulator, not StarCraft II.
 
 {NOTE}"""
 
@@ -52,7 +55,7 @@ def scores(report, kind, limit):
         return []
     cuts = [bisect.bisect_right(curve["step"], limit) for curve in curves]
     parts = [(c["step"][:cut], c["value"][:cut], limit) for c, cut in zip(curves, cuts, strict=True)]
-    return [statistics.fmean(last_fifth(*part)) for part in parts]
+    return [statistics.fmean(last_fifth(*part) or part[1][-1:]) for part in parts]
 
 
 def length(report):
@@ -70,7 +73,7 @@ def reached(report):
 
 
 def table_of(reports):
-    """Markdown: a row per set of runs of {label: report}, at equal steps and, where some are longer, at the end."""
+    """A row per set of runs of {label: report}, at equal steps and, where some are longer, at their ends."""
     limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
     header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
     header += ["its own end", "greedy", "exploring"] if end > limit else []
@@ -83,7 +86,8 @@ def row(label, report, limit, with_end):
     end, ends = length(report), []
     for run in report["runs"]:
         ends += run["curves"].get("losses/entropy", {"value": []})["value"][-1:]
-    cells = [label, f"{len(report['runs'])}{' (%d failed)' % len(report['failed']) if report['failed'] else ''}"]
+    failed = f" ({len(report['failed'])} failed)" if report["failed"] else ""
+    cells = [label, f"{len(report['runs'])}{failed}"]
     cells += [iqm_of(scores(report, kind, limit)) for kind in TAGS]
     cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
     last = scores(report, "greedy", end)
@@ -99,7 +103,7 @@ def matrix(reports, kind, limits):
 
 # ---- parts of an engine ----
 def duels(maps):
-    """DOP against each other method on the maps that both have: (label, maps, {kind: two matrices}, steps)."""
+    """DOP against each other method on the maps of both: (label, number of maps, {kind: matrices}, steps)."""
     for label in list(METHODS.values())[1:]:
         pairs = [(x["DOP"], x[label]) for x in maps.values() if "DOP" in x and label in x]
         if pairs:
@@ -128,7 +132,9 @@ def answer(engine, maps):
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
         word = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not told apart from"
-        said[word].append(f"{label} ({between(improvement, *both['greedy'])}, {count} map{'s' * (count > 1)})")
+        said[word].append(
+            f"{label} ({between(improvement, *both['greedy'])}, {count} map{'s' * (count > 1)})"
+        )
     where = "On the present engine" if engine == ENGINE else f"On the {engine}"
     if not steps:
         return f"{where} nothing can be compared yet (sets of {', '.join(maps)} only)"
@@ -137,7 +143,7 @@ def answer(engine, maps):
 
 
 def profiled(maps):
-    """{label: scores (R, M)} of methods on the maps that all of them have; methods of few maps are left out."""
+    """{label: scores (R, M)} of methods on the maps that all of them have, and these; few maps: left out."""
     covered = {label: {name for name, x in maps.items() if label in x} for label in METHODS.values()}
     while covered and len(shared := set.intersection(*covered.values())) < 2:
         del covered[min(covered, key=lambda label: len(covered[label]))]
@@ -157,8 +163,7 @@ def section(engine, maps):
         draw_panels(maps, common.RESULTS / "fig3" / picture, tag, list(METHODS.values()))
         parts.append(f"![win rates, {kind}]({picture})")
     if table := duel_table(maps):
-        parts += ["Across maps, IQM of all seeds and maps, and the probability that a run of DOP is better than one "
-                  "of the other method on the same map, at the steps that both have:", table]  # fmt: skip
+        parts += [ACROSS, table]
     runs, shared = profiled(maps)
     if runs:
         draw_profile(runs, common.RESULTS / "fig3" / f"{prefix}profile.png", "greedy win rate")
@@ -185,13 +190,18 @@ def main(argv=None):
         maps = dict(sorted(engines[engine].items()))
         parts += section(engine, maps)
         answers.append(answer(engine, maps))
-    text = ". ".join(answers) + ". (In brackets: the probability that a run of DOP has the higher greedy win rate.)"
+    text = (
+        ". ".join(answers)
+        + ". (In brackets: the probability that a run of DOP has the higher greedy win rate.)"
+    )
     if others:
         labels = {f"{name} ({x['env']}, {x['engine']})": x for name, x in others.items()}
         parts += ["## Other sets", table_of(labels)]
     command = "Written by `python benchmark/smac.py`."
     title = "Fig. 3 of DOP: SMAC maps"
-    write_page("fig3", title, CLAIM, text, *parts, "## How to read", LEGEND, command, sources("fig3", reports))
+    write_page(
+        "fig3", title, CLAIM, text, *parts, "## How to read", LEGEND, command, sources("fig3", reports)
+    )
 
 
 if __name__ == "__main__":

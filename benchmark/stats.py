@@ -1,4 +1,4 @@
-"""Statistics over runs from rliable, scipy and numpy: interquartile means, bootstrap intervals, rates of counts.
+"""Statistics over runs by rliable and scipy: interquartile means, bootstrap intervals, rates of counts.
 
 [RL] Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021.
 A statistic takes scores (R, M, ...) of R runs (seeds) on M maps, and returns an array of at least 1-d.
@@ -9,9 +9,10 @@ from rliable import library
 from scipy import stats
 
 REPS = 2000  # bootstrap samples, as [RL] for profiles
-NOTE = """IQM: interquartile mean over seeds, with a 95% interval from 2000 bootstrap samples that are stratified
-by map ([rliable](https://github.com/google-research/rliable)). Three seeds have no quarter to cut, so theirs
-is the mean; resampling so few cannot show what a fourth seed would do, and their intervals are too narrow."""
+NOTE = """IQM: interquartile mean over seeds, with a 95% interval from 2000 bootstrap samples that are
+stratified by map ([rliable](https://github.com/google-research/rliable)). Three seeds have no quarter to
+cut, so theirs is the mean; resampling so few cannot show what a fourth seed would do, and their intervals
+are too narrow."""
 
 
 def iqm(scores):

@@ -69,7 +69,9 @@ def section(report):
         rows.append([title, f"{result['seconds']:,.1f}", f"{result['step_seconds']:,.1f}", f"{share:.1%}"])
         rows[-1].append(f"{ratio:.2f}")
     table = markdown_table(["", "seconds", "of them env.step", "share", "of the earlier"], rows)
-    return f"Two commits at the same time, one core each, evaluations included.\n\n{table}\n{describe(report)}"
+    return (
+        f"Two commits at the same time, one core each, evaluations included.\n\n{table}\n{describe(report)}"
+    )
 
 
 def main(argv=None):

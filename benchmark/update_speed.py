@@ -11,8 +11,8 @@ one optimiser step of critic and mixer for each time step over all 48 episodes, 
 cell. The ways of a table take turns, and a number is the median of the turns. "Products alone" is what the
 matrix products of the first way of a table would take if each ran as fast as the machine's best batched
 product of MAAC's sizes in the same run (floating point operations counted by PyTorch, which counts no GRU):
-nothing that computes the same in the same precision is faster. Writes docs/results/update_speed.json and
-update_speed.md.
+nothing that computes the same in the same precision is faster. Writes docs/results/engine/update_speed.json;
+report.py writes the page.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def table_of(results):
 
 def section(report):
     """What a file of this script says, in Markdown."""
-    text = f"Seconds of one training iteration on random data; learners from single steps have batches of {TRANSITIONS}.\n"
+    text = f"Seconds of one training iteration on random data; batches of single steps hold {TRANSITIONS}.\n"
     text += "A stand-in is our code with the structure of the reference implementation.\n"
     for title in dict.fromkeys(x["task"] for x in report["results"]):
         text += f"\n{title}:\n\n{table_of([x for x in report['results'] if x['task'] == title])}"
