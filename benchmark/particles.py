@@ -219,10 +219,8 @@ def write_fig4(tasks):
     counts = {name: outcomes(report)[-1] for name, report in reports.items()}
     counts = {name: f"{sum(x)} of {len(x)}" for name, x in counts.items()}
     place = common.RESULTS / "fig4"
-    parts = []
-    for tag in ("win_rate", "episodic_return"):
-        draw_panels(tasks, place / f"{tag}.png", f"eval/{tag}")
-        parts.append(f"![{tag}]({tag}.png)")
+    draw_panels(tasks, place / "win_rate.png")
+    parts = ["![greedy win rate](win_rate.png)"]
     for task, sets in tasks.items():
         parts += [f"## {task}", winning_table(sets)]
     games = {str(report["settings"]["eval_episodes"]) for report in reports.values()}
@@ -240,7 +238,8 @@ def write_fig4(tasks):
 
 def write_spread(reports):
     """The page of spread, from {label: report}."""
-    draw_panels({"spread": reports}, common.RESULTS / "spread" / "return.png", "eval/episodic_return")
+    panel = {label: report for label, report in reports.items() if label in ALGORITHMS.values()}
+    draw_panels({"spread": panel}, common.RESULTS / "spread" / "return.png", "eval/episodic_return")
     ends = {label: iqm_of(returns_at(report, float("inf"))) for label, report in reports.items()}
     ends = {name: ends.get(label, "not run") for name, label in ALGORITHMS.items()}
     published = [row[-1] for row in PUBLISHED if "random" not in row[0]]

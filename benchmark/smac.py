@@ -160,7 +160,10 @@ def section(engine, maps):
     parts = [f"## {engine[0].upper()}{engine[1:]}"]
     for kind, tag in TAGS.items():
         picture = f"{prefix}{kind}.png"
-        draw_panels(maps, common.RESULTS / "fig3" / picture, tag, list(METHODS.values()))
+        panels = {
+            name: {x: y for x, y in sets.items() if scores(y, kind, np.inf)} for name, sets in maps.items()
+        }
+        draw_panels(panels, common.RESULTS / "fig3" / picture, tag, list(METHODS.values()))
         parts.append(f"![win rates, {kind}]({picture})")
     if table := duel_table(maps):
         parts += [ACROSS, table]
