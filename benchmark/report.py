@@ -65,7 +65,7 @@ def engine(files):
             for peer in speeds.keys() - {"ours", "mpe2"}:  # mpe2 has no batch
                 ratios.setdefault(peer.replace("_", " "), []).append(speeds["ours"] / speeds[peer])
     told = [f"{min(x):.1f} to {max(x):.1f} times {peer}" for peer, x in sorted(ratios.items())]
-    answer = f"steps per second: {', '.join(told)}"
+    answer = f"Steps per second: {', '.join(told)}"
     if "training_speed" in files:
         run = files["training_speed"]["results"]["this commit"]
         answer += f"; env.step takes {run['step_seconds'] / run['seconds']:.1%} of a training run"
@@ -74,14 +74,14 @@ def engine(files):
 
 def teams(files):
     """The page of scripted teams."""
-    parts, answer = [], "not measured"
+    parts, answer = [], "Not measured"
     if "battles" in files:
         parts.append(scripted.battles_section(files["battles"]))
         rates = {}
         for x in files["battles"]["results"]:
             rates.setdefault(x["team"], []).append(x["win_rate"])
         told = [f"{team} {min(x):.2f} to {max(x):.2f}" for team, x in rates.items()]
-        answer = f"win rates over the maps: {', '.join(told)}"
+        answer = f"Win rates over the maps: {', '.join(told)}"
     if "particles" in files:
         parts.append(scripted.particles_section(files["particles"]))
     write_page("scripted", "Scripted teams", SCRIPTED_CLAIM, f"{answer}.", *parts)

@@ -146,10 +146,12 @@ def battles_section(report):
 
 Win rate / return / length over {report["games"]} games, {report["engine"]} (not StarCraft II).
 
-{table} {legend} Medivacs of the last two teams heal the most hurt agent in reach, else fly east. Battles of
-a map begin alike and differ only by the weapons' random delays, so a scripted team tends to win nearly
-always or nearly never, and a small change of a rule can turn a map over: a fingerprint of this simulator, no
-measure of a map's difficulty in the game.
+{table}
+{legend}
+Medivacs of the last two teams heal the most hurt agent in reach, else fly east. Battles of a map begin alike
+and differ only by the weapons' random delays, so a scripted team tends to win nearly always or nearly never,
+and a small change of a rule can turn a map over: a fingerprint of this simulator, no measure of a map's
+difficulty in the game.
 
 {describe(report)}
 """

@@ -5,7 +5,6 @@ A statistic takes scores (R, M, ...) of R runs (seeds) on M maps, and returns an
 """
 
 import numpy as np
-from rliable import library
 from scipy import stats
 
 REPS = 2000  # bootstrap samples, as [RL] for profiles
@@ -33,6 +32,8 @@ def improvement(x, y):
 
 def estimate(statistic, *scores):
     """A statistic of scores and its 95% interval: (...) and (2, ...), from runs resampled within each map."""
+    from rliable import library  # takes seconds, and who only counts does without it
+
     np.random.seed(0)  # rliable draws from numpy's global generator
     data = scores[0] if len(scores) == 1 else list(scores)
     value, limits = library.get_interval_estimates({0: data}, statistic, reps=REPS)
@@ -41,6 +42,8 @@ def estimate(statistic, *scores):
 
 def profile(scores, levels):
     """{label: scores (R, M)} -> ({label: share of runs above each level}, {label: (2, levels)})."""
+    from rliable import library
+
     np.random.seed(0)
     return library.create_performance_profile(scores, levels, reps=REPS, custom_profile_func=above)
 

@@ -224,6 +224,7 @@ def test_command_line_errors(capsys):
 
 
 def test_plot_writes_a_picture(tmp_path, capsys):
+    pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
     files = []
     for k, env in enumerate(("mmm", "mmm", "3m")):
         runs = []

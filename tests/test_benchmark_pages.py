@@ -7,6 +7,8 @@ from PIL import Image
 
 from benchmark import cdm, common, diffs, quadratic, report, smac, stats
 
+pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
+
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def write_report(folder, name, curves, **more):
 
 # ---- particles.py ----
 def test_tables_count_seeds(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(stats, "REPS", 50)
     with pytest.raises(SystemExit, match="no sets of runs in fig4 or spread"):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from rliable import metrics
 from scipy import stats as scipy_stats
 
 from benchmark import stats
+
+metrics = pytest.importorskip("rliable.metrics", reason="pip install -r requirements-benchmark.txt")
 
 
 def test_interquartile_mean():
