@@ -1,12 +1,11 @@
 """What every benchmark writes beside its numbers (commit, hardware, date), and how it writes its files."""
 
+import argparse
 import csv
 import datetime
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
 from pathlib import Path
 
@@ -66,37 +65,57 @@ def describe(facts):
     return f"`{facts['command']}`, commit {commit}{dirty}, {facts['date']}; {hardware}."
 
 
-def source(report):
-    """Where the numbers of a file of run_seeds.py come from, as an item of a Markdown list."""
-    commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
-    hardware = ", ".join(f"{name} {value}" for name, value in report["hardware"].items())
-    made = f"commit {commits}, {report['date']}, {report['workers']} at a time; {hardware}"
-    seeds = f"seeds {report['seeds'][0]} to {report['seeds'][-1]}"
-    return f"- {report['name']}: `{report['command']}`, {seeds}, {made}"
+def load_sets(folder):
+    """The sets of runs in a folder of docs/results, as run_seeds.py wrote them: {file's name: content}."""
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
+    return {name: report for name, report in reports.items() if "runs" in report}
 
 
-def wilson(successes, n, z=1.96):
-    """Wilson's 95% interval of a rate, (low, high)."""
-    rate, spread = successes / n, z * math.sqrt(successes * (n - successes) / n + z * z / 4) / n
-    centre, scale = rate + z * z / (2 * n), 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+def sources(folder, reports):
+    """The command that made each set of runs, its commit, date and hardware, as a Markdown list."""
+    items = []
+    for name, report in reports.items():
+        metric, target = report.get("metric", "eval/win_rate"), report.get("target", 0.9)
+        flags = (
+            "" if (metric, target) == ("eval/win_rate", 0.9) else f" --metric {metric} --target {target:g}"
+        )
+        command = (
+            f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(report['seeds'])}{flags}"
+        )
+        command += f" --workers {report['workers']} -- {report['command']}"
+        commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
+        hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())
+        items.append(f"- `{command}`: commit {commits}, {report['date']}; {hardware}")
+    return "Sets of runs:\n\n" + "\n".join(items)
 
 
-def success_rate(outcomes):
-    """How many of a list of bools are True, with Wilson's 95% interval: "7 of 20 (18 to 57%)"."""
-    low, high = wilson(sum(outcomes), len(outcomes))
-    return f"{sum(outcomes)} of {len(outcomes)} ({100 * low:.0f} to {100 * high:.0f}%)"
+def ranges(numbers):
+    """[1, 2, 3, 7] -> '1-3,7', as --seeds takes it."""
+    starts = [x for x in numbers if x - 1 not in numbers]
+    ends = [x for x in numbers if x + 1 not in numbers]
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))
+
+
+def write_page(folder, title, claim, answer, *parts):
+    """docs/results/<folder>/README.md: the claim, our answer in a sentence, and the parts below them."""
+    path = RESULTS / folder / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claim, answer = (" ".join(text.split()) for text in (claim, answer))  # a line each, for report.py
+    parts = [f"# {title}", f"**Claim.** {claim}", f"**Answer.** {answer}", *parts]
+    path.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    print(f"written: {path}")
+
+
+def no_arguments(docstring, argv):
+    """A command line that has --help only."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=docstring, formatter_class=formatter).parse_args(argv)
 
 
 def last_fifth(steps, values, end=None):
     """The values of a curve after 80% of its steps, or of the step `end`."""
     end = steps[-1] if end is None else end
     return [value for step, value in zip(steps, values, strict=True) if step > 0.8 * end]
-
-
-def median_worst(values):
-    """Median and, in brackets, minimum over seeds: "0.98 (0.93)"; "-" of nothing."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f})" if values else "-"
 
 
 def markdown_table(header, rows):

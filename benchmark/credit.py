@@ -1,13 +1,13 @@
-"""docs/results/credit_mill.*: what deterministic DOP credits each agent of the mill with, over training.
+"""docs/results/fig4/credit.*: what deterministic DOP credits each agent of the mill with, over training.
 
     python benchmark/credit.py --seed 1
-    python benchmark/credit.py --seed 1 --runs runs/dop_mill/seed_*/mill__*
+    python benchmark/credit.py --seed 1 --runs runs/fig4/dop_mill/seed_*/mill__*
 
 trains `dop_deterministic.py --env mill` in a process of its own and reads model.pt whenever it has been
 replaced. Of each checkpoint it evaluates agent i's part of the critic, k_i(s) Q_i(s, a_i), for forces a_i
 from -1 (counter-clockwise) to 1 (clockwise), averaged over the states that its greedy policy meets in 64
 games of fixed seeds: Fig. 4, right, of [DOP], which has Q_i. `--runs` adds finished runs to the table.
-What stands behind ` -- ` goes to the program.
+What stands behind ` -- ` goes to the program. particles.py writes the page.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
@@ -29,7 +29,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
+from benchmark import common
+from benchmark.common import ROOT, describe, markdown_table, metadata, write_json
 from dop_deterministic import Actor, DecomposedCritic, act
 from envs import evaluate, make
 from envs.evaluation import SEED
@@ -123,15 +124,8 @@ def draw(checkpoints, out):
         layout="constrained",
     )
     for i, axes in enumerate(grid.flat[: credit.shape[1]]):
-        picture = axes.pcolormesh(
-            FORCES.numpy(),
-            steps,
-            credit[:, i].numpy(),
-            cmap="RdBu_r",
-            vmin=-limit,
-            vmax=limit,
-            shading="nearest",
-        )
+        values = FORCES.numpy(), steps, credit[:, i].numpy()
+        picture = axes.pcolormesh(*values, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest")
         axes.plot(push[:, i].tolist(), steps, color="black", linewidth=1.2)
         axes.set_title(f"agent {i + 1}", fontsize=9)
         axes.set_xticks([-1, 0, 1])
@@ -143,37 +137,32 @@ def draw(checkpoints, out):
     plt.close(figure)
 
 
-def page(facts, checkpoints, finished):
-    """The text of credit_mill.md."""
+def section(content):
+    """What credit.json says, as a section of fig4/README.md."""
+    checkpoints, finished = content["checkpoints"], content["finished"]
     last = checkpoints[-1]
-    rate = f"{last['win_rate']:.2f}"
     columns = [last["force"], last["k"], differences(last, "q"), differences(last, "credit")]
     rows = [[i + 1, *(f"{x:.3f}" for x in row)] for i, row in enumerate(zip(*columns, strict=True))]
     header = ["agent", "greedy force", "k_i", "Q_i: clockwise minus counter-clockwise", "the same of k_i Q_i"]
-    text = f"""# Credit assignment on the mill
+    text = f"""## Credit on the mill (Fig. 4, right)
 
-{describe(facts)}
+Agent i's part of Q_tot = sum_i k_i Q_i + b, by its own force and over training: k_i Q_i, as Q_i alone cannot
+be compared between agents of different k_i. Averages over the states that the greedy policy of each
+checkpoint meets in {GAMES} games with fixed seeds. Only clockwise wins: a team that spins the stone the
+other way gets -10. One agent may push the wrong way while nine win, two may not.
 
-[DOP] (section 5.2.1, Fig. 4, right) says that deterministic DOP learns to value pushing clockwise much more.
-Below, agent i's part of Q_tot = sum_i k_i Q_i + b, by its own force and over training: k_i Q_i, as Q_i alone
-cannot be compared between agents of different k_i. Averages over the states that the greedy policy of each
-checkpoint meets in {GAMES} games with fixed seeds.
-
-Only clockwise wins: the speed has a sign, and +3 and +10 need more than 30 and 100 of it. A team that spins
-the stone the other way gets -10. One agent may push the wrong way while nine win, two may not.
-
-![what each agent is credited with](credit_mill.png)
+![what each agent is credited with](credit.png)
 
 At the last of {len(checkpoints)} checkpoints (step {last["step"]:,}, seed {last["seed"]}) the greedy win rate
-is {rate}, and **{above(last)} agents have clockwise above counter-clockwise**. Force and k_i are means over
-the same states.
+is {last["win_rate"]:.2f}, and {above(last)} agents have clockwise above counter-clockwise. Force and k_i are
+means over the same states.
 
 {markdown_table(header, rows)}"""
     if finished:
         rows = [[x["seed"], f"{x['step']:,}", f"{x['win_rate']:.2f}", above(x)] for x in finished]
         header = ["seed", "steps", "greedy win rate", "agents with clockwise above"]
         text += f"\nOther finished runs, at their end:\n\n{markdown_table(header, rows)}"
-    return text
+    return f"{text}\n{describe(content)}"
 
 
 def above(measured):
@@ -201,10 +190,10 @@ def main(argv=None):
     checkpoints = [measure(x) for x in train(args.seed, args.save_every, argv[cut + 1 :])]
     facts = metadata(shlex.join(["python", "benchmark/credit.py", *argv]), threads=torch.get_num_threads())
     content = facts | {"forces": rounded(FORCES), "checkpoints": checkpoints, "finished": finished}
-    write_json(RESULTS / "credit_mill.json", content)
-    draw(checkpoints, RESULTS / "credit_mill.png")
-    (RESULTS / "credit_mill.md").write_text(page(facts, checkpoints, finished))
-    print(f"{above(checkpoints[-1])} agents have clockwise above; written: {RESULTS}/credit_mill.*")
+    out = common.RESULTS / "fig4" / "credit.json"
+    write_json(out, content)
+    draw(checkpoints, out.with_suffix(".png"))
+    print(f"{above(checkpoints[-1])} agents have clockwise above; written: {out} and .png")
 
 
 if __name__ == "__main__":

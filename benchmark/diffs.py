@@ -1,17 +1,18 @@
-"""docs/results/diffs.md: how many lines two algorithm files share, and how many each has alone.
+"""docs/results/diffs/README.md: how many lines two algorithm files share, and how many each has alone.
 
 python benchmark/diffs.py
 """
 
-import argparse
 import difflib
 import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata
+from benchmark.common import ROOT, describe, markdown_table, metadata, no_arguments, write_page
 
+COMMAND = "python benchmark/diffs.py"
+CLAIM = "Ours: files of one family differ in the algorithm, and share the frame line by line."
 FAMILIES = {
     "whole episodes": ["dop_stochastic.py", "coma.py", "qmix.py"],
     "single steps": ["maddpg.py", "dop_deterministic.py", "maac.py", "masql.py"],
@@ -27,17 +28,18 @@ def row(one, other):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
-    parts = ["# What the diff of two files shows", describe(metadata("python benchmark/diffs.py"))]
+    no_arguments(__doc__, argv)
+    parts, shared = [], []
     for family, names in FAMILIES.items():
         rows = [row(one, other) for one, other in itertools.combinations(names, 2)]
+        shared += [cells[-1] for cells in rows]
         lengths = ", ".join(f"{name} {len((ROOT / name).read_text().splitlines())} lines" for name in names)
-        table = markdown_table(["", "only in the first", "only in the second", "in both"], rows).strip()
+        table = markdown_table(["", "only in the first", "only in the second", "in both"], rows)
         parts += [f"Learning from {family}: {lengths}.", table]
-    (RESULTS / "diffs.md").write_text("\n\n".join(parts) + "\n")
-    print(f"written: {RESULTS / 'diffs.md'}")
+    answer = f"Two files of a family have {min(shared)} to {max(shared)} lines in common."
+    write_page(
+        "diffs", "What the diff of two files shows", CLAIM, answer, *parts, describe(metadata(COMMAND))
+    )
 
 
 if __name__ == "__main__":

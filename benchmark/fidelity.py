@@ -7,7 +7,7 @@
 Needs StarCraft II (docs/envs.md). Plays the four teams of scripted.py and the greedy policies of run folders,
 whichever engine these were trained in. Damage: life and shield that the units of a type lose in an episode,
 without what they regain; hits: how often a unit of it has less of both after a step than before. Writes
-docs/results/fidelity_<map>.json and .md: means over episodes, and their difference in standard errors, which
+docs/results/sc2/<map>.json and .md: means over episodes, and their difference in standard errors, which
 is by chance beyond 3 once in 400 times. --speed writes docs/results/sc2/speed.json and .md.
 """
 
@@ -231,7 +231,7 @@ def main(argv=None):
     text = f"# {real.map_name}: the embedded engine beside StarCraft II\n\n"
     text += f"{args.games * args.rounds} episodes of each team in each engine; {verdict}.\n\n"
     text += f"{markdown_table(header, rows)}\n{describe(about)}\n"
-    out = args.out or RESULTS / f"fidelity_{real.map_name}"
+    out = args.out or RESULTS / "sc2" / real.map_name
     facts = dict(games=args.games, rounds=args.rounds, seed=args.seed, verdict=verdict)
     write_json(out.with_suffix(".json"), {**about, **facts, "results": results})
     out.with_suffix(".md").write_text(text)

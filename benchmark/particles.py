@@ -1,40 +1,40 @@
-"""docs/results/particles.md: who learns aggregation, mill and spread, and how stable it is.
+"""docs/results/fig4 and spread: who learns aggregation, mill and spread, and how stable it is.
 
     python benchmark/particles.py
 
-Reads the files <algorithm>_<task>.json, and the variants in TASKS, that run_seeds.py wrote (docs/benchmark.md
-has the commands); sets that are missing are left out. On spread it adds teams that play by hand-written
+Reads the files <algorithm>_<task>.json in fig4 and <algorithm>.json in spread that run_seeds.py wrote, and
+the variants in TASKS; sets that are missing are left out. On spread it adds teams that play by hand-written
 rules, and returns of known implementations in the unit of this repository.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.2.
 """
 
-import argparse
 import itertools
 import json
 import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, last_fifth, markdown_table, median_worst, source, success_rate
-from benchmark.plot import interval
+from benchmark import common, credit
+from benchmark.common import last_fifth, load_sets, markdown_table, no_arguments, sources, write_page
+from benchmark.plot import draw_panels
+from benchmark.stats import NOTE, iqm_of, success_rate
 from envs import make
 
 ALGORITHMS = {"dop": "deterministic DOP", "maddpg": "MADDPG", "maac": "MAAC"}
-# task -> more sets of runs -> their labels
+REPLAY = "deterministic DOP, replay of 10,000"
+# task -> sets of runs -> their labels
 TASKS = {
-    "aggregation": {"dop_aggregation_replay_10k": "deterministic DOP, replay of 10,000"},
-    "mill": {"dop_mill_replay_10k": "deterministic DOP, replay of 10,000"},
-    "spread": {
-        "dop_spread_discount": "deterministic DOP, slower actors",
-        "dop_spread_actors": "deterministic DOP, discount 0.99",
-        "dop_spread_neither": "deterministic DOP, slower actors and discount 0.99",
-        "maddpg_spread_long": "MADDPG, longer",
-        "maac_spread_published_rates": "MAAC, discount and rates of its code",
-    },
+    task: {f"{name}_{task}": label for name, label in ALGORITHMS.items()} | {f"dop_{task}_replay_10k": REPLAY}
+    for task in ("aggregation", "mill")
+}
+TASKS["spread"] = ALGORITHMS | {
+    "dop_discount": "deterministic DOP, slower actors",
+    "dop_actors": "deterministic DOP, discount 0.99",
+    "dop_neither": "deterministic DOP, slower actors and discount 0.99",
+    "maac_published_rates": "MAAC, discount and rates of its code",
 }
 SOLVED = 0.95  # greedy win rate
 AGENTS, STEPS = 3, 25  # of spread
@@ -42,57 +42,56 @@ STIFFNESS, BRAKE = 8.0, 2.0  # of the assigned team's steering, the best of a co
 
 
 # ---- runs ----
-def mean_interval(values, scale=1.0):
-    """'-5.86 +- 0.14': mean over seeds with its 95% t interval; of one seed the value alone."""
-    mean, half = (scale * x.item() for x in interval(np.array(values, dtype=float)[:, None]))
-    return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
 def facts(label, report):
     """The first three cells of a row: name, seeds, environment steps."""
     failed = f" ({len(report['failed'])} failed)" if report["failed"] else ""
-    steps = statistics.median(run["summary"]["steps"] for run in report["runs"])
-    return [label, f"{len(report['runs'])}{failed}", f"{steps:,.0f}"]
+    return [label, f"{len(report['runs'])}{failed}", f"{report['runs'][0]['summary']['steps']:,}"]
+
+
+def outcomes(report):
+    """Of each run, whether it solved the task in some evaluation, the last one, and all of the last fifth."""
+    curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
+    fifths = [last_fifth(curve["step"], curve["value"]) for curve in curves]
+    ever, end = ([f(x["value"]) >= SOLVED for x in curves] for f in (max, lambda values: values[-1]))
+    return ever, end, [min(fifth) >= SOLVED for fifth in fifths]
+
+
+def last_fifths(report, tag):
+    """Mean of each run's evaluations after 80% of its steps."""
+    curves = [run["curves"][tag] for run in report["runs"]]
+    return [statistics.fmean(last_fifth(curve["step"], curve["value"])) for curve in curves]
 
 
 def winning_table(reports):
     """A row per set of runs on a task that can be won."""
-    header = ["algorithm", "seeds", "steps", "final win rate", "last fifth", "ever solved"]
-    header += ["solved at the end", "solved throughout the last fifth", "final return"]
+    header = ["algorithm", "seeds", "steps", "win rate", "worst", "return", "ever solved"]
+    header += ["solved at the end", "solved throughout the last fifth"]
     rows = []
     for label, report in reports.items():
-        curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
-        ends = [curve["value"][-1] for curve in curves]
-        fifths = [last_fifth(curve["step"], curve["value"]) for curve in curves]
-        counts = [
-            [max(curve["value"]) >= SOLVED for curve in curves],
-            [end >= SOLVED for end in ends],
-            [min(fifth) >= SOLVED for fifth in fifths],
-        ]
-        rates = [median_worst(ends), median_worst([statistics.fmean(fifth) for fifth in fifths])]
-        returns = mean_interval(final_returns(report))
-        rows.append([*facts(label, report), *rates, *map(success_rate, counts), returns])
+        rates, returns = (last_fifths(report, f"eval/{x}") for x in ("win_rate", "episodic_return"))
+        cells = [iqm_of(rates), f"{min(rates):.2f}", iqm_of(returns), *map(success_rate, outcomes(report))]
+        rows.append([*facts(label, report), *cells])
     return markdown_table(header, rows)
 
 
-def final_returns(report):
-    """Greedy return of each run's last evaluation."""
-    return [run["curves"]["eval/episodic_return"]["value"][-1] for run in report["runs"]]
+def returns_at(report, step):
+    """Greedy return of each run's last evaluation until a step."""
+    curves = [run["curves"]["eval/episodic_return"] for run in report["runs"]]
+    return [[y for x, y in zip(c["step"], c["value"], strict=True) if x <= step][-1] for c in curves]
 
 
-def spread_table(reports):
-    """A row per set of runs and per reference team on spread."""
+def spread_table(reports, teams):
+    """A row per set of runs and per reference team on spread, at equal steps and at a set's own end."""
+    steps = min(run["summary"]["steps"] for report in reports.values() for run in report["runs"])
     rows = []
     for label, report in reports.items():
-        ends = final_returns(report)
-        curves = [run["curves"]["eval/episodic_return"] for run in report["runs"]]
-        fifth = [statistics.fmean(last_fifth(curve["step"], curve["value"])) for curve in curves]
-        cells = [mean_interval(ends), median_worst(ends), mean_interval(fifth)]
-        rows.append([*facts(label, report), *cells, mean_interval(ends, AGENTS)])
-    for name, value in reference_returns().items():
-        rows.append([name, "-", "-", f"{value:.2f}", "-", "-", f"{AGENTS * value:.2f}"])
-    header = ["team", "seeds", "steps", "final return", "median (worst)", "last fifth"]
-    return markdown_table([*header, "final return, sum over agents"], rows)
+        end = returns_at(report, float("inf"))
+        cells = [iqm_of(returns_at(report, steps)), iqm_of(end), f"{min(end):.2f}"]
+        rows.append([*facts(label, report), *cells, iqm_of([AGENTS * x for x in end])])
+    for name, value in teams.items():
+        rows.append([name, "-", "-", f"{value:.2f}", f"{value:.2f}", "-", f"{AGENTS * value:.2f}"])
+    header = ["team", "seeds", "steps", f"return at {steps:,} steps", "at its own end", "worst"]
+    return markdown_table([*header, "sum over agents"], rows)
 
 
 # ---- what to compare spread with ----
@@ -182,55 +181,84 @@ def published_table():
     return markdown_table(header, [[*row[:-1], f"{row[-1]:.1f}"] for row in PUBLISHED])
 
 
-# ---- page ----
-LEGEND = """Win rates are greedy, over {games} evaluation games with fixed seeds: median over seeds
-(worst seed), at the end and as mean over the evaluations after 80% of the steps. Solved: at least
-{solved:g} in an evaluation; numbers of seeds with Wilson's 95% interval. Returns: greedy, mean over
-seeds with Student's 95% interval."""
-CLAIMS = {
-    "aggregation": """[DOP] (Wang et al., ICLR 2021, section 5.2) has curves only (Fig. 4), of 12 seeds. It
-says that MADDPG and MAAC find rewarding configurations but quickly diverge, and that deterministic DOP
-converges with stability.""",
-    "mill": """[DOP] has curves only (Fig. 4), of 12 seeds. It says that deterministic DOP
-outperforms MADDPG and MAAC.""",
-    "spread": """Not a task of [DOP]. Greedy return per episode in our unit: the reward of a step is
-the *mean* over agents, local_ratio is 0.5. The last column is mpe2's sum over agents.""",
-}
+# ---- pages ----
+LEGEND = f"""Win rates and returns are greedy, over {{games}} games with fixed seeds, and means over the
+evaluations after 80% of the steps. Solved: a win rate of at least {SOLVED:g} in an evaluation; numbers of
+seeds with Wilson's 95% interval.
+
+{NOTE}"""
+CLAIM_4 = """The paper, section 5.2 (curves of 12 seeds): on aggregation MADDPG and MAAC find rewarding
+configurations but quickly diverge, where deterministic DOP converges with stability; on the mill it
+outperforms both, because it learns to credit pushing clockwise."""
+ANSWER_4 = """In part: deterministic DOP keeps aggregation solved throughout the last fifth in
+{dop_aggregation} seeds and the mill in {dop_mill}, but so does MADDPG ({maddpg_aggregation} and
+{maddpg_mill}); MAAC loses a part of aggregation again ({maac_aggregation}) and keeps the mill ({maac_mill});
+credit: {credit}."""
+CLAIM_SPREAD = """Ours, as spread is no task of the papers: on mpe2's simple_spread MADDPG reaches what other
+libraries publish for it."""
+ANSWER_SPREAD = """MADDPG ends at {maddpg}, within the range of other libraries ({worst:.1f} to {best:.1f} in
+our unit, the nearer to 0 the better); deterministic DOP, with MADDPG's discount and speed of the actors,
+reaches {dop} and MAAC {maac}, in fewer steps (see the table)."""
+WRITTEN = "Written by `python benchmark/particles.py`."
+UNIT = """Returns: greedy, of one evaluation, in our unit: the reward of a step is the *mean* over agents,
+local_ratio is 0.5. The last column is mpe2's sum over agents."""
 
 
-def section(task, reports):
-    """Heading, claim, table, pictures of one task."""
-    parts = [f"## {task}", CLAIMS[task]]
-    if task == "spread":
-        parts += [spread_table(reports).strip()]
-        parts += ["Known implementations:", published_table().strip(), COUNTED]
-    else:
-        parts.append(winning_table(reports).strip())
-    for name in (task, f"{task}_return"):
-        if (RESULTS / f"{name}.png").exists():
-            parts.append(f"![{name}]({name}.png)")
-    return parts
+def load_tasks(*names):
+    """{task: {label: report}} of those tasks that have sets of runs."""
+    tasks = {}
+    for task in names:
+        reports = load_sets("spread" if task == "spread" else "fig4")
+        tasks[task] = {label: reports[name] for name, label in TASKS[task].items() if name in reports}
+    return {task: reports for task, reports in tasks.items() if reports}
+
+
+def write_fig4(tasks):
+    """Fig. 4 of [DOP]: left, middle, and the credit on the right."""
+    reports = load_sets("fig4")
+    counts = {name: outcomes(report)[-1] for name, report in reports.items()}
+    counts = {name: f"{sum(x)} of {len(x)}" for name, x in counts.items()}
+    place = common.RESULTS / "fig4"
+    draw_panels(tasks, place / "win_rate.png")
+    parts = ["![greedy win rate](win_rate.png)"]
+    for task, sets in tasks.items():
+        parts += [f"## {task}", winning_table(sets)]
+    games = {str(report["settings"]["eval_episodes"]) for report in reports.values()}
+    parts.append(LEGEND.format(games=" or ".join(sorted(games))))
+    credited = "not measured"
+    if (place / "credit.json").exists():
+        content = json.loads((place / "credit.json").read_text())
+        parts.append(credit.section(content))
+        credited = f"{credit.above(content['checkpoints'][-1])} agents have clockwise above"
+    names = [f"{algorithm}_{task}" for algorithm in ALGORITHMS for task in TASKS]
+    answer = ANSWER_4.format(**dict.fromkeys(names, "not run") | counts, credit=credited)
+    parts += [WRITTEN, sources("fig4", reports)]
+    write_page("fig4", "Fig. 4 of DOP: aggregation and mill", CLAIM_4, answer, *parts)
+
+
+def write_spread(reports):
+    """The page of spread, from {label: report}."""
+    panel = {label: report for label, report in reports.items() if label in ALGORITHMS.values()}
+    draw_panels({"spread": panel}, common.RESULTS / "spread" / "return.png", "eval/episodic_return")
+    ends = {label: iqm_of(returns_at(report, float("inf"))) for label, report in reports.items()}
+    ends = {name: ends.get(label, "not run") for name, label in ALGORITHMS.items()}
+    published = [row[-1] for row in PUBLISHED if "random" not in row[0]]
+    answer = ANSWER_SPREAD.format(**ends, worst=min(published), best=max(published))
+    parts = ["![return](return.png)", spread_table(reports, reference_returns()), UNIT, NOTE]
+    parts += ["## Known implementations", published_table(), COUNTED, WRITTEN]
+    parts.append(sources("spread", load_sets("spread")))
+    write_page("spread", "Spread, beside other libraries", CLAIM_SPREAD, answer, *parts)
 
 
 def main(argv=None):
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
-    parts, games, sources = [], set(), []
-    for task, variants in TASKS.items():
-        names = {f"{algorithm}_{task}": label for algorithm, label in ALGORITHMS.items()} | variants
-        paths = {label: RESULTS / f"{name}.json" for name, label in names.items()}
-        reports = {label: json.loads(path.read_text()) for label, path in paths.items() if path.exists()}
-        parts += section(task, reports) if reports else []
-        games |= {report["settings"]["eval_episodes"] for report in reports.values()}
-        sources += [source(report) for report in reports.values()]
-    if not sources:
-        sys.exit("particles.py: docs/results has no <algorithm>_<task>.json of the particle tasks yet")
-    legend = LEGEND.format(games=" or ".join(map(str, sorted(games))), solved=SOLVED)
-    head = ["# The particle tasks", f"Written by `python benchmark/particles.py`.\n{legend}"]
-    parts = [*head, *parts, "Sources:", "\n".join(sources)]
-    (RESULTS / "particles.md").write_text("\n\n".join(parts) + "\n")
-    print(f"written: {RESULTS / 'particles.md'}")
+    no_arguments(__doc__, argv)
+    tasks, spread = load_tasks("aggregation", "mill"), load_tasks("spread")
+    if not tasks and not spread:
+        sys.exit("particles.py: docs/results has no sets of runs in fig4 or spread yet")
+    if tasks:
+        write_fig4(tasks)
+    if spread:
+        write_spread(spread["spread"])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Learning curves from docs/results/*.json: mean over seeds, its 95% interval, and every seed as a thin line.
+"""Learning curves of sets of runs: interquartile mean over seeds, its 95% interval, each seed as a thin line.
 
-    python benchmark/plot.py docs/results/dop_mmm.json
-    python benchmark/plot.py docs/results/dop_mmm.json docs/results/dop_mmm_paper.json --labels default paper
+    python benchmark/plot.py docs/results/fig3/dop_mmm.json
+    python benchmark/plot.py docs/results/fig3/{dop,coma}_mmm.json --labels DOP COMA --out both.png
 
-One colour per file, one panel per environment. The interval is Student's t over seeds,
-mean +- t(n - 1) s / sqrt(n), at each step where every seed is still running; with one seed there is none.
+One colour per file, one panel per environment and engine. The interval is a bootstrap over seeds
+(benchmark/stats.py) at each step where every seed is still running; with one seed there is none.
 """
 
 import argparse
@@ -20,13 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS
+from benchmark import stats
 
-# two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, 1.96 is within 4%
-T_95 = [
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-]  # fmt: skip
 AXES = {"step": "environment steps", "hours": "hours of training", "minutes": "minutes of training"}
 NAMES = {
     "eval/win_rate": "greedy win rate",
@@ -46,9 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--x", choices=AXES, default="step", help="horizontal axis")
     parser.add_argument("--until", type=float, help="where the horizontal axis ends")
     parser.add_argument("--hline", type=float, help="a dashed line at this height, such as a paper's number")
-    parser.add_argument(
-        "--out", type=Path, help="PNG file; default docs/results/<name of the first file>.png"
-    )
+    parser.add_argument("--out", type=Path, help="PNG file; default: beside the first file, under its name")
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.files):
         parser.error(f"{len(args.files)} files need as many --labels, got {len(args.labels)}")
@@ -64,15 +57,6 @@ def load(path):
     except (OSError, ValueError) as error:
         raise SystemExit(f"plot.py: {path} is no result file of run_seeds.py: {error}") from error
     return report
-
-
-def interval(values):
-    """Mean and half width of the 95% interval over seeds, each (P,), of values (seeds, P)."""
-    n = len(values)
-    if n < 2:
-        return values.mean(0), np.zeros(values.shape[1])
-    quantile = T_95[n - 2] if n - 2 < len(T_95) else 1.96
-    return values.mean(0), quantile * values.std(0, ddof=1) / np.sqrt(n)
 
 
 def curves_of(report, tag, x):
@@ -93,59 +77,87 @@ def curves_of(report, tag, x):
     return curves
 
 
-def draw(axes, curves, colour, label):
-    """One setting: all seeds thin, mean and interval on top."""
+def draw(axes, curves, colour):
+    """One setting: all seeds thin, interquartile mean and interval on top."""
     start, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     longest = max((steps for steps, _ in curves), key=len)
     grid = longest[(longest >= start) & (longest <= end)]
-    mean, half = interval(np.stack([np.interp(grid, *curve) for curve in curves]))
+    mean, limits = stats.estimate(stats.iqm, np.stack([np.interp(grid, *curve) for curve in curves])[:, None])
     for curve in curves:
         axes.plot(*curve, color=colour, linewidth=0.6, alpha=0.45)
-    axes.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
-    plural = "s" if len(curves) > 1 else ""
-    axes.plot(grid, mean, color=colour, linewidth=2.0, label=f"{label} ({len(curves)} seed{plural})")
+    axes.fill_between(grid, *limits, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(grid, mean, color=colour, linewidth=2.0)
+
+
+def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=None, hline=None):
+    """A PNG of learning curves; panels: {title: {label: report}}, labels: their order, so their colours."""
+    labels = [x for x in labels or {} if any(x in panel for panel in panels.values())]
+    labels = labels or list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = (2.4 + 4.4 * columns, 0.6 + 3.4 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for (title, panel), axes in zip(panels.items(), grid.flat, strict=False):
+        for label, report in panel.items():
+            draw(axes, curves_of(report, tag, x), f"C{labels.index(label)}")
+        if hline is not None:
+            axes.axhline(hline, color="grey", linestyle="--", linewidth=1)
+        if tag.endswith("win_rate"):
+            axes.set_ylim(-0.03, 1.03)
+        if until:
+            axes.set_xlim(0, until)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(AXES[x])
+        if x == "step":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylabel(NAMES.get(tag, tag))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = []
+    for i, label in enumerate(labels):
+        seeds = sorted({len(panel[label]["runs"]) for panel in panels.values() if label in panel})
+        text = f"{label} ({' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])})"
+        handles.append(plt.Line2D([], [], color=f"C{i}", linewidth=2.0, label=text))
+    note = "bold: interquartile mean, band: 95% bootstrap interval over seeds"
+    style = dict(frameon=False, fontsize=9, title=note, title_fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns - 1, **style)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    print(f"written: {out}")
+
+
+def draw_profile(scores, out, label):
+    """A PNG of performance profiles; scores: {label: (R, M)}, `label` names the score."""
+    levels = np.linspace(0, 1, 101)
+    shares, limits = stats.profile(scores, levels)
+    figure, axes = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
+    for name, share in shares.items():
+        axes.step(levels, share, where="post", linewidth=2.0, label=name)
+        axes.fill_between(levels, *limits[name], step="post", alpha=0.15, linewidth=0)
+    axes.set_xlabel(f"{label} above this")
+    axes.set_ylabel("share of runs")
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    print(f"written: {out}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     reports = [load(path) for path in args.files]
     labels = args.labels or [report["name"] for report in reports]
-    envs = list(dict.fromkeys(report["env"] for report in reports))
-    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels))}
-    columns = min(len(envs), 3)
-    rows = -(-len(envs) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(1.2 + 4.8 * columns, 3.6 * rows), squeeze=False)
-    for axes in grid.flat[len(envs) :]:
-        axes.axis("off")
-    for env, axes in zip(envs, grid.flat, strict=False):
-        engines = set()
-        for report, label in zip(reports, labels, strict=True):
-            if report["env"] == env:
-                draw(axes, curves_of(report, args.tag, args.x), colours[label], label)
-                engines.add(report["engine"])
-        if args.hline is not None:
-            axes.axhline(args.hline, color="grey", linestyle="--", linewidth=1)
-        if args.tag.endswith("win_rate"):
-            axes.set_ylim(-0.03, 1.03)
-        if args.until:
-            axes.set_xlim(0, args.until)
-        axes.set_title(", ".join([env or "?", *sorted(engine for engine in engines if engine)]), fontsize=10)
-        axes.set_xlabel(AXES[args.x])
-        if args.x == "step":
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_ylabel(NAMES.get(args.tag, args.tag))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-    figure.text(
-        0.995, 0.005, "bold: mean; band: 95% t interval over seeds", ha="right", fontsize=6, color="grey"
-    )
-    figure.tight_layout()
-    out = args.out or RESULTS / f"{args.files[0].stem}.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    print(f"written: {out}")
+    panels = {}
+    for report, label in zip(reports, labels, strict=True):
+        title = ", ".join(filter(None, [report["env"] or "?", report["engine"]]))
+        panels.setdefault(title, {})[label] = report
+    out = args.out or args.files[0].with_suffix(".png")
+    draw_panels(panels, out, args.tag, list(dict.fromkeys(labels)), args.x, args.until, args.hline)
     return out
 
 

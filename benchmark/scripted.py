@@ -5,8 +5,8 @@
     python benchmark/scripted.py --particles
 
 They see what learning agents see: masks and observations. A result is over the first episode of every
-parallel game, so that short episodes do not count more often. Writes docs/results/scripted.json and .md, or
-scripted_particles.json and .md.
+parallel game, so that short episodes do not count more often. Writes docs/results/scripted/battles.json, or
+particles.json; report.py writes the page.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINE, RESULTS, ROOT, describe, markdown_table, metadata, wilson, write_json
+from benchmark import common
+from benchmark.common import ENGINE, ROOT, describe, markdown_table, metadata, write_json
+from benchmark.stats import wilson
 from envs import make
 from envs.mpe import PAID_SPEED
 
@@ -121,27 +123,38 @@ def play(map_name, team, games, seed):
 
 
 def battles(maps, teams, games, seed):
-    """Results of every team on every map, and a page about them."""
+    """Results of every team on every map."""
     results = []
     for map_name in maps:
         for team in teams:
             start = time.perf_counter()
             results.append({"map": map_name, "team": team, **play(map_name, team, games, seed)})
             print(results[-1], f"{time.perf_counter() - start:.1f} s", flush=True)
+    return results
+
+
+def battles_section(report):
+    """What battles.json says, in Markdown."""
+    results = report["results"]
+    maps, teams = (list(dict.fromkeys(x[key] for x in results)) for key in ("map", "team"))
     cells = {
         (x["map"], x["team"]): f"{x['win_rate']:.2f} / {x['return']:.1f} / {x['length']:.0f}" for x in results
     }
     table = markdown_table(["map", *teams], [[name, *(cells[name, team] for team in teams)] for name in maps])
     legend = "".join(f"- **{team}**: {TEAMS[team]}\n" for team in teams)
-    text = f"""# Scripted teams
+    return f"""## SMAC maps
 
-Win rate / return / length over {games} games, {ENGINE} (not StarCraft II).
+Win rate / return / length over {report["games"]} games, {report["engine"]} (not StarCraft II).
 
 {table}
 {legend}
-Medivacs of the last two teams heal the most hurt agent in reach, else fly east.
+Medivacs of the last two teams heal the most hurt agent in reach, else fly east. Battles of a map begin alike
+and differ only by the weapons' random delays, so a scripted team tends to win nearly always or nearly never,
+and a small change of a rule can turn a map over: a fingerprint of this simulator, no measure of a map's
+difficulty in the game.
+
+{describe(report)}
 """
-    return results, text
 
 
 # ---- particle tasks ----
@@ -225,11 +238,11 @@ def rate(successes, n):
     return f"{successes / n:.3g} ({low:.3g} to {high:.3g})"
 
 
-def particles(episodes, seed):
-    """Results of both particle tasks, and a page about them."""
-    gathered, mill = gather_all(episodes, seed), push_all(episodes, seed)
+def particles_section(report):
+    """What particles.json says, in Markdown."""
+    gathered, mill = report["results"]["aggregation"], report["results"]["mill"]
     rows = []
-    for radius in RADII:
+    for radius in dict.fromkeys(x["radius"] for x in gathered):
         random, greedy, mixed = (x for x in gathered if x["radius"] == radius)
         share = mixed["successes"] / mixed["episodes"]
         row = [radius, f"{random['successes']:,}", rate(random["successes"], random["episodes"])]
@@ -242,26 +255,23 @@ def particles(episodes, seed):
         row = [x["force"], x["step_won"] or "never", x["return"], x["return_end_on_win"]]
         rows.append([*row, ", ".join(f"{omega:g}" for omega in x["omega"])])
     header = ["force of all", "step of the win", "return", "with `end_on_win`", "omega after each step"]
-    text = f"""# Scripted teams on particle tasks
+    return f"""## Aggregation
 
-Rates with Wilson's 95% interval.
-
-## Aggregation
-
-{episodes:,} episodes of uniformly random forces, {gathered[-1]["episodes"]:,} of the other teams.
-Greedy: full force towards the landmark, less within a distance of 1. One random: four greedy agents and a
-random one. Steps: of the episodes that succeed.
+{gathered[0]["episodes"]:,} episodes of uniformly random forces, {gathered[-1]["episodes"]:,} of the other
+teams. Rates with Wilson's 95% interval. Greedy: full force towards the landmark, less within a distance of
+1. One random: four greedy agents and a random one. Steps: of the episodes that succeed.
 
 {aggregation}
 ## Mill
 
-{episodes:,} episodes of uniformly random forces: omega exceeds {PAID_SPEED:g} at some step in a share of
-{rate(mill["fast"], mill["episodes"])}; wins: {mill["wins"]}. At full force {mill["tolerated"]} of the 10
-agents may push the wrong way. Below: constant forces in steps of 0.01, the last two rows around the smallest
-that wins.
+{mill["episodes"]:,} episodes of uniformly random forces: omega exceeds {PAID_SPEED:g} at some step in a
+share of {rate(mill["fast"], mill["episodes"])}; wins: {mill["wins"]}. At full force {mill["tolerated"]} of
+the 10 agents may push the wrong way. Below: constant forces in steps of 0.01, the last two rows around the
+smallest that wins.
 
-{markdown_table(header, rows)}"""
-    return {"aggregation": gathered, "mill": mill}, text
+{markdown_table(header, rows)}
+{describe(report)}
+"""
 
 
 def main(argv=None):
@@ -274,19 +284,21 @@ def main(argv=None):
     parser.add_argument("--particles", action="store_true", help="aggregation and mill instead of SMAC maps")
     parser.add_argument("--episodes", type=int, default=2_000_000, help="of a random team on these two")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
-    parser.add_argument("--out", type=Path, help="result files, without suffix")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/scripted.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command, threads=torch.get_num_threads()) | {"seed": args.seed}
     if args.particles:
-        out = args.out or RESULTS / "scripted_particles"
-        results, text = particles(args.episodes, args.seed)
+        results = {
+            "aggregation": gather_all(args.episodes, args.seed),
+            "mill": push_all(args.episodes, args.seed),
+        }
     else:
-        out, about = args.out or RESULTS / "scripted", about | {"engine": ENGINE, "games": args.games}
-        results, text = battles(args.maps, args.teams, args.games, args.seed)
-    write_json(out.with_suffix(".json"), {**about, "results": results})
-    out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
-    print(f"\n{text}\nwritten: {out}.json and .md")
+        about |= {"engine": ENGINE, "games": args.games}
+        results = battles(args.maps, args.teams, args.games, args.seed)
+    about |= {"results": results}
+    out = common.RESULTS / "scripted" / ("particles.json" if args.particles else "battles.json")
+    write_json(out, about)
+    print(f"\n{(particles_section if args.particles else battles_section)(about)}\nwritten: {out}")
 
 
 if __name__ == "__main__":

@@ -1,117 +1,210 @@
-"""docs/results/smac.md: win rates of the EPISODE family on SMAC maps, at equal environment steps.
+"""docs/results/fig3/README.md: win rates of DOP, its ablations, COMA and QMIX on SMAC maps.
 
     python benchmark/smac.py
 
-Reads the files that run_seeds.py wrote (docs/benchmark.md has the commands). Curves are cut to the steps that
-all methods of a map have; longer runs stand apart, uncut. Best, final, last fifth (mean over the evaluations
-after 80% of these steps) are greedy win rates; training is the win rate of the exploring policies in the same
-last fifth. Battles of a map begin alike, so that greedy teams often win nearly all or nearly none; training
-shows the trend.
+Reads the files <method>_<map>.json there that run_seeds.py wrote, of any number of seeds and steps; the
+engine that a file names decides with which others it is compared. Other files get a row in a last table.
+[DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.1.
 """
 
-import argparse
 import bisect
-import json
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, last_fifth, markdown_table, median_worst, source
+import numpy as np
 
-# map -> file of DOP; the other methods' files are <method>_<map>
-MAPS = {
-    "3m": "dop_3m_long",
-    "3s_vs_3z": "dop_3s_vs_3z",
-    "8m": "dop_8m",
-    "2s3z": "dop_2s3z",
-    "mmm": "dop_mmm_torch",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import common
+from benchmark.common import ENGINE, last_fifth, load_sets, markdown_table, no_arguments, sources, write_page
+from benchmark.plot import draw_panels, draw_profile
+from benchmark.stats import NOTE, between, estimate, improvement, iqm, iqm_of, success_rate
+
 METHODS = {
-    "dop_on_policy": "DOP, on-policy only (`--tree-backup none`)",
-    "dop_sampled": "DOP, undecomposed tree backup (`--tree-backup sampled`)",
+    "dop": "DOP",
     "coma": "COMA",
     "qmix": "QMIX",
+    "dop_on_policy": "on-policy DOP",
+    "dop_sampled": "undecomposed backup",
 }
-LONGER = {
-    "dop_2s3z_500k": "DOP on 2s3z",
-    "coma_2s3z_500k": "COMA on 2s3z",
-    "dop_on_policy_3m_500k": "DOP, on-policy only, on 3m",
-}
+TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
 TARGET = 0.9
-LOSSES = {"losses/entropy": "entropy", "losses/grad_norm_actor": "actor's gradient"}  # where collected
+CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
+replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
+agents grow (12 seeds, nine maps, millions of steps of StarCraft II)."""
+ACROSS = """Across maps: IQM over all seeds and maps, and the probability that a run of DOP is better than
+one of the other method on the same map, at the steps that both have there:"""
+LEGEND = f"""A score is the mean win rate of a seed after 80% of the steps: of greedy evaluations, or of the
+exploring policies while they train (each method explores in its own way, so that compares a method with
+itself). First at the steps that all sets of a table have; then, where some are longer, at a set's own end.
+Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
+{TARGET:g}, and the median of the steps that it took, where half of the seeds got there. At {TARGET:g} to the
+end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
+Entropy: of the policies at the end, median. Battles of a map begin alike, so that greedy teams often win
+nearly all or nearly none; the exploring rate shows the trend. The battles are those of this repository's
+simulator, not StarCraft II.
+
+{NOTE}"""
 
 
-def until(run, tag, limit):
-    """Steps and values of a run's curve within `limit` steps; none where the tag was not collected."""
-    curve = run["curves"].get(tag, {"step": [], "value": []})
-    length = bisect.bisect_right(curve["step"], limit)
-    return curve["step"][:length], curve["value"][:length]
+# ---- scores ----
+def scores(report, kind, limit):
+    """Mean of each run's win rate in the last fifth of its first `limit` steps; [] where not collected."""
+    curves = [run["curves"].get(TAGS[kind]) for run in report["runs"]]
+    if not all(curves):
+        return []
+    cuts = [bisect.bisect_right(curve["step"], limit) for curve in curves]
+    parts = [(c["step"][:cut], c["value"][:cut], limit) for c, cut in zip(curves, cuts, strict=True)]
+    return [statistics.fmean(last_fifth(*part) or part[1][-1:]) for part in parts]
 
 
-def row(method, report, limit):
-    """Cells of one method: medians over its seeds, the worst seed in brackets."""
-    curves = [until(run, "eval/win_rate", limit) for run in report["runs"]]
-    training = [until(run, "charts/win_rate", limit) for run in report["runs"]]
-    columns = [
-        [max(values) for _, values in curves],
-        [values[-1] for _, values in curves],
-        [statistics.fmean(last_fifth(*curve, limit)) for curve in curves],
-        [statistics.fmean(last_fifth(*curve, limit)) for curve in training if curve[0]],
-    ]
-    points = [zip(*curve, strict=True) for curve in curves]
-    first = [next((step for step, value in curve if value >= TARGET), None) for curve in points]
-    reached = ", ".join("-" if step is None else f"{step / 1000:.0f}k" for step in first)
-    losses = [[until(run, tag, limit) for run in report["runs"]] for tag in LOSSES]
-    ends = [", ".join(f"{values[-1]:.1g}" if values else "-" for _, values in x) for x in losses]
-    return [method, len(curves), *map(median_worst, columns), reached, *ends]
+def length(report):
+    """Environment steps that all runs of a set have."""
+    return report["summary"]["steps"]["min"]
+
+
+def reached(report):
+    """'2 of 3 (21 to 94%)' and the median steps to the first evaluation of at least TARGET."""
+    curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
+    points = [zip(curve["step"], curve["value"], strict=True) for curve in curves]
+    first = [next((step for step, value in curve if value >= TARGET), np.inf) for curve in points]
+    median = statistics.median(first)
+    return success_rate([step < np.inf for step in first]), f"{median:,.0f}" if median < np.inf else "-"
+
+
+def table_of(reports):
+    """A row per set of runs of {label: report}, at equal steps and, where some are longer, at their ends."""
+    limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
+    header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
+    header += ["its own end", "greedy", "exploring"] if end > limit else []
+    header += ["worst", f"reached {TARGET:g}", "median steps", f"at {TARGET:g} to the end", "entropy"]
+    return markdown_table(header, [row(label, x, limit, end > limit) for label, x in reports.items()])
+
+
+def row(label, report, limit, with_end):
+    """Cells of one set of runs."""
+    end, ends = length(report), []
+    for run in report["runs"]:
+        ends += run["curves"].get("losses/entropy", {"value": []})["value"][-1:]
+    failed = f" ({len(report['failed'])} failed)" if report["failed"] else ""
+    cells = [label, f"{len(report['runs'])}{failed}"]
+    cells += [iqm_of(scores(report, kind, limit)) for kind in TAGS]
+    cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
+    last = scores(report, "greedy", end)
+    cells += [f"{min(last):.2f}", *reached(report), success_rate([x >= TARGET for x in last])]
+    return [*cells, f"{statistics.median(ends):.2f}" if ends else "-"]
+
+
+def matrix(reports, kind, limits):
+    """Scores (R, M) of one method on M maps, of as many seeds as all of them have."""
+    columns = [scores(report, kind, limit) for report, limit in zip(reports, limits, strict=True)]
+    return np.array([column[: min(map(len, columns))] for column in columns]).T
+
+
+# ---- parts of an engine ----
+def duels(maps):
+    """DOP against each other method on the maps of both: (label, number of maps, {kind: matrices}, steps)."""
+    for label in list(METHODS.values())[1:]:
+        pairs = [(x["DOP"], x[label]) for x in maps.values() if "DOP" in x and label in x]
+        if pairs:
+            limits = [min(map(length, pair)) for pair in pairs]
+            ours, theirs = zip(*pairs, strict=True)
+            both = {kind: (matrix(ours, kind, limits), matrix(theirs, kind, limits)) for kind in TAGS}
+            yield label, len(pairs), both, limits
+
+
+def duel_table(maps):
+    """A row per method that DOP is compared with."""
+    rows = []
+    for label, count, both, limits in duels(maps):
+        seeds = " and ".join(str(len(x)) for x in both["greedy"])
+        cells = [between(iqm, x) for x in both["greedy"]]
+        cells += [between(improvement, *both[kind]) for kind in TAGS]
+        rows.append([label, count, f"{min(limits):,} to {max(limits):,}", seeds, *cells])
+    head = ["DOP against", "maps", "steps", "seeds", "DOP, greedy", "the other, greedy"]
+    return markdown_table([*head, "P(DOP is better), greedy", "P, exploring"], rows) if rows else ""
+
+
+def answer(engine, maps):
+    """What the duels say, in words."""
+    said, steps = {"better than": [], "worse than": [], "not told apart from": []}, set()
+    for label, count, both, limits in duels(maps):
+        steps |= set(limits)
+        low, high = estimate(improvement, *both["greedy"])[1][:, 0]
+        word = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not told apart from"
+        said[word].append(
+            f"{label} ({between(improvement, *both['greedy'])}, {count} map{'s' * (count > 1)})"
+        )
+    where = "On the present engine" if engine == ENGINE else f"On the {engine}"
+    if not steps:
+        return f"{where} nothing can be compared yet (sets of {', '.join(maps)} only)"
+    words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in said.items() if labels)
+    return f"{where}, at {min(steps):,} to {max(steps):,} steps, DOP is {words}"
+
+
+def profiled(maps):
+    """{label: scores (R, M)} of methods on the maps that all of them have, and these; few maps: left out."""
+    covered = {label: {name for name, x in maps.items() if label in x} for label in METHODS.values()}
+    while covered and len(shared := set.intersection(*covered.values())) < 2:
+        del covered[min(covered, key=lambda label: len(covered[label]))]
+    if len(covered) < 2:
+        return {}, []
+    shared = [name for name in maps if name in shared]
+    limits = [min(length(maps[name][label]) for label in covered) for name in shared]
+    return {x: matrix([maps[name][x] for name in shared], "greedy", limits) for x in covered}, shared
+
+
+def section(engine, maps):
+    """Figures, the table across maps and a table per map of the sets that one engine played."""
+    prefix = "" if engine == ENGINE else engine.split(", ")[-1].split()[0] + "_"  # "torch_"
+    parts = [f"## {engine[0].upper()}{engine[1:]}"]
+    for kind, tag in TAGS.items():
+        picture = f"{prefix}{kind}.png"
+        panels = {
+            name: {x: y for x, y in sets.items() if scores(y, kind, np.inf)} for name, sets in maps.items()
+        }
+        draw_panels(panels, common.RESULTS / "fig3" / picture, tag, list(METHODS.values()))
+        parts.append(f"![win rates, {kind}]({picture})")
+    if table := duel_table(maps):
+        parts += [ACROSS, table]
+    runs, shared = profiled(maps)
+    if runs:
+        draw_profile(runs, common.RESULTS / "fig3" / f"{prefix}profile.png", "greedy win rate")
+        parts.append(f"Performance profile over {', '.join(shared)}, at the steps that all have there:")
+        parts.append(f"![performance profile]({prefix}profile.png)")
+    for name, reports in maps.items():
+        parts += [f"### {name}{'' if engine == ENGINE else ', ' + prefix[:-1]}", table_of(reports)]
+    return parts
 
 
 def main(argv=None):
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
-    parts = ["# SMAC maps at equal environment steps"]
-    parts += [
-        "Written by `python benchmark/smac.py`; its docstring says what the columns mean. Not StarCraft II:\n"
-        "the engine stands under a map's name, and a table has sets of one engine only.\n"
-        f"Median over seeds (worst seed); of every seed the first evaluation of at least {TARGET:g}, and at\n"
-        "the end entropy and norm of the actor's gradient. Training: win rate of the exploring policies.\n"
-        "Battles of a map begin alike, so that greedy teams often win nearly all or nearly none; training\n"
-        "shows the trend."
-    ]
-    sources = []
-    header = ["method", "seeds", "best", "final", "last fifth", "training", f"steps to {TARGET:g}"]
-    header += LOSSES.values()
-    for name, dop in MAPS.items():
-        files = {"DOP": dop} | {title: f"{method}_{name}" for method, title in METHODS.items()}
-        paths = {title: RESULTS / f"{file}.json" for title, file in files.items()}
-        reports = {title: json.loads(path.read_text()) for title, path in paths.items() if path.exists()}
-        if len(reports) < 2:
-            continue
-        engines = {report["engine"] for report in reports.values()}
-        if len(engines) > 1:
-            sys.exit(f"smac.py: the sets of {name} come from different engines: {', '.join(sorted(engines))}")
-        lengths = [report["summary"]["steps"]["min"] for report in reports.values()]
-        rows = [row(title, report, min(lengths)) for title, report in reports.items()]
-        parts += [f"## {name}, {min(lengths):,} steps", engines.pop(), markdown_table(header, rows).strip()]
-        for picture in (f"smac_{name}", f"smac_{name}_training"):
-            parts += [f"![{picture}]({picture}.png)"] if (RESULTS / f"{picture}.png").exists() else []
-        sources += [source(report) for report in reports.values()]
-    longer = {title: RESULTS / f"{name}.json" for name, title in LONGER.items()}
-    longer = {title: json.loads(path.read_text()) for title, path in longer.items() if path.exists()}
-    rows = [
-        row(f"{title}, {(steps := report['summary']['steps']['min']):,} steps", report, steps)
-        for title, report in longer.items()
-    ]
-    engines = sorted({report["engine"] for report in longer.values()})
-    parts += ["## Longer runs", ", ".join(engines), markdown_table(header, rows).strip()] if rows else []
-    sources += [source(report) for report in longer.values()]
-    if not sources:
-        sys.exit("smac.py: docs/results has no two sets of runs of one map to compare yet")
-    parts += ["Sources:", "\n".join(sources)]
-    (RESULTS / "smac.md").write_text("\n\n".join(parts) + "\n")
-    print(f"written: {RESULTS / 'smac.md'}")
+    no_arguments(__doc__, argv)
+    reports, engines, others = load_sets("fig3"), {}, {}
+    for method, label in METHODS.items():
+        for name, report in reports.items():
+            if name.lower().removesuffix("_torch") == f"{method}_{report['env']}":
+                engines.setdefault(report["engine"], {}).setdefault(report["env"], {})[label] = report
+    known = {id(report) for maps in engines.values() for x in maps.values() for report in x.values()}
+    others = {name: report for name, report in reports.items() if id(report) not in known}
+    if not engines:
+        sys.exit("smac.py: docs/results/fig3 has no <method>_<map>.json yet")
+    parts, answers = [], []
+    for engine in sorted(engines, key=lambda name: name != ENGINE):
+        maps = dict(sorted(engines[engine].items()))
+        parts += section(engine, maps)
+        answers.append(answer(engine, maps))
+    text = (
+        ". ".join(answers)
+        + ". (In brackets: the probability that a run of DOP has the higher greedy win rate.)"
+    )
+    if others:
+        labels = {f"{name} ({x['env']}, {x['engine']})": x for name, x in others.items()}
+        parts += ["## Other sets", table_of(labels)]
+    command = "Written by `python benchmark/smac.py`."
+    title = "Fig. 3 of DOP: SMAC maps"
+    write_page(
+        "fig3", title, CLAIM, text, *parts, "## How to read", LEGEND, command, sources("fig3", reports)
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The peers are SMAX of the registry package jaxmarl for battles, mpe2 and vmas fo
 interpreter of their own (see docs/benchmark.md), and an earlier version of ours in a work tree of its own:
 the battle engine in torch, eager and compiled. For each task and batch size ours and the peers take turns;
 a number is the median of the turns. Compilation and the first steps are not counted. Writes
-docs/results/throughput.json and .md.
+docs/results/engine/throughput.json; report.py writes the page.
 """
 
 import argparse
@@ -165,6 +165,18 @@ def table_of(results, env_id, threads):
     return markdown_table(["games", *ways, *(f"ours / {peer}" for peer in peers)], rows)
 
 
+def section(report):
+    """What a file of this script says, in Markdown."""
+    text = f"Beside {report['peer']}. " if "peer" in report else ""
+    if "mpe2" in report.get("peer", ""):
+        text += "mpe2 plays one game in every row, as it has no batch. "
+    text += "Environment steps per second (a step of one game counts as 1), random legal actions.\n"
+    for env_id, threads in dict.fromkeys((x["env"], x["threads"]) for x in report["results"]):
+        text += f"\n{env_id}, {threads} thread{'s' if threads > 1 else ''}:\n\n"
+        text += table_of(report["results"], env_id, threads)
+    return f"{text}\n{describe(report)}"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,7 +197,7 @@ def main(argv=None):
         "--peer-python", default=sys.executable, help="interpreter that has the peers installed"
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / "throughput", help="result files, without suffix"
+        "--out", type=Path, default=RESULTS / "engine" / "throughput", help="result file, without suffix"
     )
     args = parser.parse_args(argv)
     if not args.tree and any(name.startswith("torch") for name in args.peer):
@@ -213,17 +225,7 @@ def main(argv=None):
                     print(f"{env_id:18} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
             for peer in peers.values():
                 peer.close()
-    kind = "Embedded simulator" if battles else "Particle tasks"
-    text = "# Throughput\n\nEnvironment steps per second (a step of one game counts as 1), random legal "
-    text += f"actions.\n{kind}{', beside ' + about['peer'] if args.peer else ''}.\n"
-    if "mpe2" in args.peer:
-        text += "mpe2 plays one game in every row, as it has no batch.\n"
-    for env_id in args.envs:
-        for threads in args.threads:
-            text += f"\n## {env_id}, {threads} thread{'s' if threads > 1 else ''}\n\n"
-            text += table_of(about["results"], env_id, threads)
-    args.out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
-    print(f"written: {args.out}.json and .md")
+    print(f"{section(about)}\nwritten: {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Runs the program of this work tree and that of `--tree` side by side, one thread each, with the flags behind
 " -- ". `env.step` counts the training games only; evaluations are in the total. Writes
-docs/results/training_speed.md and .json. Linux only, as it pins each run to a core.
+docs/results/engine/training_speed.json; report.py writes the page. Linux only, as it pins each run to a core.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
+from benchmark import common
+from benchmark.common import ROOT, describe, markdown_table, metadata, write_json
 
 
 def child(tree, flags):
@@ -58,6 +59,21 @@ def child(tree, flags):
     )
 
 
+def section(report):
+    """What a file of this script says, in Markdown."""
+    rows = []
+    for name, result in report["results"].items():
+        share = result["step_seconds"] / result["seconds"]
+        ratio = result["seconds"] / report["results"]["earlier commit"]["seconds"]
+        title = f"{name} ({report['earlier']})" if name.startswith("earlier") else name
+        rows.append([title, f"{result['seconds']:,.1f}", f"{result['step_seconds']:,.1f}", f"{share:.1%}"])
+        rows[-1].append(f"{ratio:.2f}")
+    table = markdown_table(["", "seconds", "of them env.step", "share", "of the earlier"], rows)
+    return (
+        f"Two commits at the same time, one core each, evaluations included.\n\n{table}\n{describe(report)}"
+    )
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -84,19 +100,9 @@ def main(argv=None):
         results = {name: json.loads(run.communicate()[0].splitlines()[-1]) for name, run in runs.items()}
     head = ["git", "rev-parse", "--short=10", "HEAD"]
     earlier = subprocess.run(head, cwd=args.tree, capture_output=True, text=True).stdout.strip()
-    rows = []
-    for name, result in results.items():
-        share = result["step_seconds"] / result["seconds"]
-        ratio = result["seconds"] / results["earlier commit"]["seconds"]
-        title = f"{name} ({earlier})" if name.startswith("earlier") else name
-        rows.append([title, f"{result['seconds']:,.1f}", f"{result['step_seconds']:,.1f}", f"{share:.1%}"])
-        rows[-1].append(f"{ratio:.2f}")
-    text = "# Wall-clock of a training run\n\nTwo commits at the same time, one core each, evaluations "
-    text += "included.\n\n"
-    text += markdown_table(["", "seconds", "of them env.step", "share", "of the earlier"], rows)
-    write_json(RESULTS / "training_speed.json", about | {"earlier": earlier, "results": results})
-    (RESULTS / "training_speed.md").write_text(f"{text}\n{describe(about)}\n")
-    print(text)
+    about |= {"earlier": earlier, "results": results}
+    write_json(common.RESULTS / "engine" / "training_speed.json", about)
+    print(section(about))
 
 
 if __name__ == "__main__":

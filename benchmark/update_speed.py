@@ -11,8 +11,8 @@ one optimiser step of critic and mixer for each time step over all 48 episodes, 
 cell. The ways of a table take turns, and a number is the median of the turns. "Products alone" is what the
 matrix products of the first way of a table would take if each ran as fast as the machine's best batched
 product of MAAC's sizes in the same run (floating point operations counted by PyTorch, which counts no GRU):
-nothing that computes the same in the same precision is faster. Writes docs/results/update_speed.json and
-update_speed.md.
+nothing that computes the same in the same precision is faster. Writes docs/results/engine/update_speed.json;
+report.py writes the page.
 """
 
 import argparse
@@ -337,6 +337,15 @@ def table_of(results):
     return markdown_table(header, rows)
 
 
+def section(report):
+    """What a file of this script says, in Markdown."""
+    text = f"Seconds of one training iteration on random data; batches of single steps hold {TRANSITIONS}.\n"
+    text += "A stand-in is our code with the structure of the reference implementation.\n"
+    for title in dict.fromkeys(x["task"] for x in report["results"]):
+        text += f"\n{title}:\n\n{table_of([x for x in report['results'] if x['task'] == title])}"
+    return f"{text}\n{describe(report)}"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -344,17 +353,12 @@ def main(argv=None):
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count()}))
     parser.add_argument("--repeats", type=int, default=15, help="turns of each way")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / "update_speed", help="result files, without suffix"
+        "--out", type=Path, default=RESULTS / "engine" / "update_speed", help="result file, without suffix"
     )
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/update_speed.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command) | {"steps": T, "results": []}
     torch.manual_seed(1)
-    text = f"""# Training iteration
-
-Seconds of one training iteration on random data; learners from single steps have batches of {TRANSITIONS}. A
-stand-in is our code with the structure of the reference implementation.
-"""
     generator = torch.Generator().manual_seed(1)
     steps = step_tasks(generator)
     for title, ways in (episode_tasks(generator) | steps).items():
@@ -368,10 +372,8 @@ stand-in is our code with the structure of the reference implementation.
                 results.append(result | {"seconds": statistics.median(turns), "turns": turns})
                 print(f"threads {threads}  {title}, {name}: {results[-1]['seconds']:.4f} s", flush=True)
         about["results"] += results
-        text += f"\n## {title}\n\n{table_of(results)}"
     write_json(args.out.with_suffix(".json"), about)
-    args.out.with_suffix(".md").write_text(f"{text}\n{describe(about)}\n")
-    print(f"written: {args.out}.json and .md")
+    print(f"{section(about)}\nwritten: {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,11 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmark import (
-    cdm,
-    common,
-    diffs,
-    plot,
-    quadratic,
-    run_seeds,
-    scripted,
-    smac,
-    standins,
-    throughput,
-    training_speed,
-)
-from benchmark import report as results_page
+from benchmark import common, plot, run_seeds, scripted, standins, throughput, training_speed
 from benchmark import update_speed as speed
 from envs import make
 
@@ -237,15 +223,8 @@ def test_command_line_errors(capsys):
         assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_interval_is_students_t():
-    mean, half = plot.interval(np.array([[1.0, 0.0], [2.0, 0.0], [6.0, 0.0]]))
-    assert mean.tolist() == [3.0, 0.0]
-    # standard deviation sqrt((4 + 1 + 9) / 2) = 2.6458, t(2) = 4.303
-    np.testing.assert_allclose(half, [4.303 * 7**0.5 / 3**0.5, 0.0])
-    assert plot.interval(np.array([[1.0, 2.0]]))[1].tolist() == [0.0, 0.0]
-
-
 def test_plot_writes_a_picture(tmp_path, capsys):
+    pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
     files = []
     for k, env in enumerate(("mmm", "mmm", "3m")):
         runs = []
@@ -276,15 +255,6 @@ def test_plot_refuses_other_files(tmp_path):
             (tmp_path / "x.json").write_text(content)
         with pytest.raises(SystemExit, match=f"x.json is no result file of run_seeds.py: .*{message}"):
             plot.main([str(tmp_path / "x.json")])
-
-
-def test_anchors_of_the_page_are_githubs(tmp_path, bench, monkeypatch, capsys):
-    """GitHub's anchor of a heading is in lower case and without dots."""
-    assert bench("1", "--name", "Set_a-0.2") == 0
-    monkeypatch.setattr(results_page, "RESULTS", tmp_path / "results")
-    results_page.main([])
-    text = (tmp_path / "results" / "README.md").read_text()
-    assert "\n## Set_a-0.2\n" in text and "| [Set_a-0.2](#set_a-02) |" in text
 
 
 def test_json_survives_a_round_trip(tmp_path):
@@ -357,30 +327,36 @@ def test_pushing_by_hand():
     assert step_won.tolist() == [4, 6, 0] and total.tolist() == [4 * 3 + 10, 6 * 3 + 10, 3 - 10]
 
 
-def test_scripted_writes_its_pages(tmp_path, capsys):
-    scripted.main(["--particles", "--episodes", "200", "--out", str(tmp_path / "p")])
-    results = json.loads((tmp_path / "p.json").read_text())["results"]
-    assert {(x["radius"], x["team"]) for x in results["aggregation"]} == {
+def test_scripted_writes_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    scripted.main(["--particles", "--episodes", "200"])
+    report = json.loads((tmp_path / "scripted" / "particles.json").read_text())
+    assert {(x["radius"], x["team"]) for x in report["results"]["aggregation"]} == {
         (radius, team) for radius in scripted.RADII for team in ("random", "greedy", "mixed")
     }
-    mill = results["mill"]
+    mill = report["results"]["mill"]
     assert [x["force"] for x in mill["constant"]] == [1.0, 0.9, 0.8, 0.7, 0.67, 0.66]
     assert mill["tolerated"] == 1 and mill["constant"][-1]["step_won"] == mill["wins"] == 0
-    assert "| 0.66 | never | 17.0 | 17.0 |" in (tmp_path / "p.md").read_text()
-    scripted.main("--maps 3m --teams stop --games 2 --out".split() + [str(tmp_path / "b")])
-    assert "| 3m | 0.00 / 0.0 / 2" in (tmp_path / "b.md").read_text()
+    text = scripted.particles_section(report)
+    assert (
+        "| 0.66 | never | 17.0 | 17.0 |" in text and "200 episodes of uniformly random forces, 10 of" in text
+    )
+    scripted.main("--maps 3m --teams stop --games 2".split())
+    report = json.loads((tmp_path / "scripted" / "battles.json").read_text())
+    assert "| 3m | 0.00 / 0.0 / 2" in scripted.battles_section(report)
 
 
 # ---- speed: only that the scripts run and write what they say ----
-def test_throughput_writes_its_table(tmp_path, capsys):
+def test_throughput_writes_its_file(tmp_path, capsys):
     throughput.main(
         ["--envs", "3m", "--num-envs", "4", "8", "--threads", "1", "--seconds", "0.01", "--repeats", "2"]
         + ["--out", str(tmp_path / "t")]
     )
-    results = json.loads((tmp_path / "t.json").read_text())["results"]
-    assert [x["num_envs"] for x in results] == [4, 8]
-    assert all(len(x["ways"]["ours"]["turns"]) == 2 and min(x["ways"]["ours"]["turns"]) > 0 for x in results)
-    assert "| games | ours |" in (tmp_path / "t.md").read_text()
+    report = json.loads((tmp_path / "t.json").read_text())
+    assert [x["num_envs"] for x in report["results"]] == [4, 8]
+    turns = [x["ways"]["ours"]["turns"] for x in report["results"]]
+    assert all(len(x) == 2 and min(x) > 0 for x in turns)
+    assert "3m, 1 thread:\n\n| games | ours |" in throughput.section(report)
 
 
 def test_throughput_table_names_the_ratios():
@@ -406,25 +382,26 @@ def test_throughput_beside_a_peer(tmp_path, monkeypatch, capfd):
 
 
 def test_training_speed_runs_two_trees(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training_speed, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     flags = "dop_stochastic.py --env cdm --total-timesteps 40 --eval-every 0".split()
     training_speed.main(["--tree", str(common.ROOT), "--", *flags])
-    results = json.loads((tmp_path / "training_speed.json").read_text())["results"]
-    assert all(x["steps"] == 10 and 0 < x["step_seconds"] < x["seconds"] for x in results.values())
-    assert "| this commit | " in (tmp_path / "training_speed.md").read_text()
+    report = json.loads((tmp_path / "engine" / "training_speed.json").read_text())
+    assert all(x["steps"] == 10 and 0 < x["step_seconds"] < x["seconds"] for x in report["results"].values())
+    assert "| this commit | " in training_speed.section(report)
 
 
 def test_update_speed_runs_all_ways(tmp_path, monkeypatch, capsys):
     for name, value in {"ON": 2, "OFF": 3, "T": 3, "TRANSITIONS": 20}.items():
         monkeypatch.setattr(speed, name, value)
     speed.main(["--threads", "1", "--repeats", "1", "--out", str(tmp_path / "u")])
-    results = json.loads((tmp_path / "u.json").read_text())["results"]
+    report = json.loads((tmp_path / "u.json").read_text())
+    results = report["results"]
     assert [x["way"] for x in results[:5]] == ["default", "paper", "official stand-in", "coma.py", "qmix.py"]
     tasks = " ".join(dict.fromkeys(x["task"].split(",")[0] for x in results))
     assert all(x["seconds"] > 0 and len(x["turns"]) == 1 for x in results)
     for name in ("maddpg.py", "maac.py", "dop_deterministic.py"):
         assert name in tasks
-    assert "| critic per agent faster by |" in (tmp_path / "u.md").read_text()
+    assert "| critic per agent faster by |" in speed.section(report)
 
 
 def test_update_speed_table_divides_by_the_stand_in():
@@ -452,97 +429,3 @@ def test_stand_ins_learn(monkeypatch, name, discrete):
         update()
     outputs = torch.stack([actor(x) for actor, x in zip(actors, batch.obs.unbind(1), strict=True)])
     assert ((outputs.argmax(-1) == 0) if discrete else (outputs.mean(-1) > 0)).float().mean() > 0.9
-
-
-# ---- quadratic.py ----
-def test_wilsons_interval():
-    """Wilson 1927 in its textbook form, and two values of published tables."""
-    assert common.wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
-    assert common.wilson(0, 50) == pytest.approx((0.0, 0.0713), abs=1e-4)
-    rate, n, z = 7 / 20, 20, 1.96
-    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    assert common.wilson(7, 20) == pytest.approx((middle - half, middle + half))
-
-
-def test_quadratic_tables(tmp_path, monkeypatch, capsys):
-    def report(name, finals, **settings):
-        runs = [
-            {"curves": {"charts/episodic_return": train, "eval/episodic_return": {"value": [1e3, 98 * x]}}}
-            | {"wall_seconds": 20.0 + i, "commit": "abc"}
-            for i, x in enumerate(finals)
-            for train in [{"value": [-500.0] * 10 + [100 * x] * 5}]
-        ]
-        facts = dict(name=name, command=f"python {name}", date="today", workers=2, hardware={"cpu": "x"})
-        common.write_json(tmp_path / f"{name}.json", facts | dict(runs=runs, settings=settings, seeds=[1, 2]))
-
-    monkeypatch.setattr(quadratic, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match="no masql_quadratic.json"):
-        quadratic.main([])
-    report("masql_quadratic", [9.9, 9.5, 0.1], annealing="exponential", alpha_start=1.0)
-    report("masql_quadratic_linear_0.2", [9.9, 8.9], annealing="linear", alpha_start=0.2)
-    report("maddpg_quadratic", [-0.5, 0.0])
-    quadratic.main([])
-    text = (tmp_path / "quadratic.md").read_text()
-    assert (
-        "| 2 of 3 (21 to 94%) | 2 of 3 (21 to 94%) | 72% of 50 | 0.10 / 9.31 / 9.70 | 21.0 (22.0) |" in text
-    )
-    assert "| 0 of 2 (0 to 66%) | 0 of 2 (0 to 66%) | 0 of 50 |" in text
-    assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
-    assert "| exponential | 2 of 3 (21 to 94%) | - |" in text
-    assert "| linear | - | 1 of 2 (9 to 91%) |" in text
-
-
-def test_diffs_count_lines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(diffs, "RESULTS", tmp_path)
-    monkeypatch.setattr(diffs, "ROOT", tmp_path)
-    monkeypatch.setattr(diffs, "FAMILIES", {"single steps": ["one.py", "two.py"]})
-    (tmp_path / "one.py").write_text("a\nb\nc\n")
-    (tmp_path / "two.py").write_text("a\nx\ny\nc\n")
-    diffs.main([])
-    assert "| `diff one.py two.py` | 1 | 2 | 2 |" in (tmp_path / "diffs.md").read_text()
-
-
-def test_cdm_counts_found_held_and_lost(tmp_path, monkeypatch, capsys):
-    curves = [
-        [10.0] * 6,
-        [10.0, -10, 10, 10, 10, 10],
-        [-10.0] * 6,
-    ]  # held and never left; lost within the last five; neither
-    runs = [{"curves": {"eval/episodic_return": {"value": x}}, "commit": "abc"} for x in curves]
-    facts = dict(name="cdm_guided_coma", command="python coma.py", env="cdm", date="today", workers=2)
-    monkeypatch.setattr(cdm, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match="no cdm_<protocol>"):
-        cdm.main([])
-    common.write_json(tmp_path / "cdm_guided_coma.json", facts | dict(runs=runs, hardware={}, seeds=[1, 3]))
-    cdm.main([])
-    held, found, lost, kept = (common.success_rate([i < n for i in range(3)]) for n in (1, 2, 1, 1))
-    assert f"| COMA | {held} | {found} | {lost} | {kept} |" in (tmp_path / "cdm.md").read_text()
-
-
-def test_smac_cuts_curves_to_equal_steps(tmp_path, monkeypatch, capsys):
-    def report(name, *curves, **more):
-        curves_of = [{"eval/win_rate": {"step": x, "value": y}} | more for x, y in curves]
-        runs = [{"curves": x, "commit": "abc"} for x in curves_of]
-        steps = {"min": min(x[-1] for x, _ in curves)}
-        facts = dict(name=name, command="python x.py", env="3m", date="today", workers=2, hardware={})
-        facts |= dict(runs=runs, seeds=[1, 2], summary={"steps": steps}, engine=engine)
-        common.write_json(tmp_path / f"{name}.json", facts)
-
-    engine = "one engine"
-    monkeypatch.setattr(smac, "RESULTS", tmp_path)
-    more = {"losses/entropy": {"step": [1500, 2000], "value": [1.0, 0.04]}}
-    more["charts/win_rate"] = {"step": [1000, 1700, 2000], "value": [1.0, 0.1, 0.2]}
-    report("coma_3m", ([1000, 2000], [0.5, 0.25]), **more)
-    with pytest.raises(SystemExit, match="no two sets"):
-        smac.main([])
-    report("dop_3m_long", ([1000, 2000, 3000], [0.95, 0.5, 1.0]), ([1000, 2000, 3000], [0.0, 0.2, 1.0]))
-    smac.main([])
-    text = (tmp_path / "smac.md").read_text()
-    assert "## 3m, 2,000 steps\n\none engine\n" in text
-    assert "| DOP | 2 | 0.57 (0.20) | 0.35 (0.20) | 0.35 (0.20) | - | 1k, - | -, - | -, - |" in text
-    assert "| COMA | 1 | 0.50 (0.50) | 0.25 (0.25) | 0.25 (0.25) | 0.15 (0.15) | - | 0.04 | - |" in text
-    engine = "another engine"
-    report("coma_3m", ([1000, 2000], [0.5, 0.25]), **more)
-    with pytest.raises(SystemExit, match="3m come from different engines: another engine, one engine"):
-        smac.main([])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import common, credit, particles
+from benchmark import common, credit, particles, stats
 from envs import make
 
 
@@ -25,8 +25,10 @@ def write_report(folder, name, curves, **more):
 
 # ---- particles.py ----
 def test_tables_count_seeds(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(particles, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match="no <algorithm>_<task>.json"):
+    pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(stats, "REPS", 50)
+    with pytest.raises(SystemExit, match="no sets of runs in fig4 or spread"):
         particles.main([])
     rates = [
         [0.0] * 8 + [0.95, 1.0],  # solved, and throughout the last fifth
@@ -34,18 +36,23 @@ def test_tables_count_seeds(tmp_path, monkeypatch, capsys):
         [0.0, 1.0] + [0.0] * 8,  # found and lost
     ]
     curves = [{"eval/win_rate": rate, "eval/episodic_return": [20 * x - 10 for x in rate]} for rate in rates]
-    write_report(tmp_path, "dop_aggregation", curves, failed={"9": 1})
-    write_report(tmp_path, "maac_spread", [{"eval/episodic_return": [-20.0] * 5 + [x]} for x in (-8, -12)])
-    particles.main([])
-    text = (tmp_path / "particles.md").read_text()
-    counts = " | ".join(common.success_rate([i < n for i in range(3)]) for n in (3, 2, 1))
-    # t(2) of returns 10, 10, -10: standard deviation 11.547, times 4.303 / sqrt(3)
-    row = (
-        f"| deterministic DOP | 3 (1 failed) | 1,000 | 1.00 (0.00) | 0.95 (0.00) | {counts} | 3.33 ± 28.69 |"
+    write_report(tmp_path / "fig4", "dop_aggregation", curves, failed={"9": 1})
+    write_report(
+        tmp_path / "spread", "maac", [{"eval/episodic_return": [-20.0] * 5 + [x]} for x in (-8, -12)]
     )
-    assert row in text and "128 evaluation games" in text
-    assert "| MAAC | 2 | 600 | -10.00 ± 25.41 | -10.00 (-12.00) | -15.00 ± 12.71 | -30.00 ± 76.24 |" in text
-    assert text.count("\n## ") == 2 and "python maac_spread" in text  # a section per task with runs
+    write_report(tmp_path / "spread", "maddpg", [{"eval/episodic_return": [-20.0] * 6 + [-10.0]}])
+    particles.main([])
+    text = (tmp_path / "fig4" / "README.md").read_text()
+    counts = " | ".join(stats.success_rate([i < n for i in range(3)]) for n in (3, 2, 1))
+    rate, total = stats.iqm_of([0.975, 0.95, 0]), stats.iqm_of([9.5, 9, -10])  # of the last two evaluations
+    row = f"| deterministic DOP | 3 (1 failed) | 1,000 | {rate} | 0.00 | {total} | {counts} |"
+    assert row in text and "128 games" in text
+    assert "throughout the last fifth in 1 of 3 seeds and the mill in not run" in text
+    text = (tmp_path / "spread" / "README.md").read_text()
+    assert "| return at 600 steps | at its own end |" in text and "python maac" in text
+    end = stats.iqm_of([-8, -12])
+    assert f"| MAAC | 2 | 600 | {end} | {end} | -12.00 | {stats.iqm_of([-24, -36])} |" in text
+    assert "| MADDPG | 1 | 700 | -20.00 | -10.00 | -10.00 | -30.00 |" in text
 
 
 def test_reference_teams():
@@ -76,16 +83,16 @@ def test_units_of_published_returns():
 
 # ---- credit.py ----
 def test_credit_of_a_short_run(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(credit, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     small = ["--total-timesteps", "320", "--warmup-steps", "64", "--eval-every", "0", "--batch-size", "8"]
     credit.main(["--seed", "3", "--save-every", "160", "--", *small, "--critic-hidden-dim", "8"])
-    content = json.loads((tmp_path / "credit_mill.json").read_text())
+    content = json.loads((tmp_path / "fig4" / "credit.json").read_text())
     last = content["checkpoints"][-1]  # an earlier one may have been too short-lived to be seen
     assert last["step"] == 320 and last["seed"] == 3 and len(last["credit"]) == 10
     assert len(last["q"][0]) == len(content["forces"]) and content["forces"][0] == -1
-    text = (tmp_path / "credit_mill.md").read_text()
-    assert f"**{credit.above(last)} agents" in text and "| 10 | " in text
-    with Image.open(tmp_path / "credit_mill.png") as image:
+    text = credit.section(content)
+    assert f"and {credit.above(last)} agents" in text and "| 10 | " in text
+    with Image.open(tmp_path / "fig4" / "credit.png") as image:
         assert image.width > 1000
     monkeypatch.setattr(credit.sys, "executable", "false")
     with pytest.raises(SystemExit, match="ended with exit code 1"):
@@ -117,10 +124,11 @@ def test_credit_by_hand(tmp_path, monkeypatch, capsys):
 
     # a finished run gets a row
     torch.save(checkpoint, tmp_path / "model.pt")
-    monkeypatch.setattr(credit, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(credit, "train", lambda *_: [checkpoint, checkpoint | {"global_step": 9}])
     credit.main(["--runs", str(tmp_path)])
-    assert "| 5 | 7 | 1.00 | 9 of 10 |" in (tmp_path / "credit_mill.md").read_text()
+    content = json.loads((tmp_path / "fig4" / "credit.json").read_text())
+    assert "| 5 | 7 | 1.00 | 9 of 10 |" in credit.section(content)
     with pytest.raises(SystemExit):
         credit.main(["--runs", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="needs runs with --env mill, got 'cdm'"):

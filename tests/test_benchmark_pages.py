@@ -1,0 +1,222 @@
+"""The pages of docs/results, written from made-up files: claim, answer, tables, index."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from benchmark import cdm, common, diffs, quadratic, report, smac, stats
+
+pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results, and few bootstrap samples."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(stats, "REPS", 50)
+    return tmp_path
+
+
+def write_set(folder, name, *runs, env="3m", engine=common.ENGINE, **more):
+    """A file as run_seeds.py writes it; a run is {tag: (steps, values)}."""
+    curves = [{tag: {"step": x, "value": y} for tag, (x, y) in run.items()} for run in runs]
+    steps = [max(x[-1] for x, _ in run.values()) for run in runs]
+    entries = [
+        {"seed": i + 1, "commit": "abc", "wall_seconds": 20.0 + i, "summary": {"steps": step}, "curves": x}
+        for i, (x, step) in enumerate(zip(curves, steps, strict=True))
+    ]
+    facts = dict(name=f"{folder.name}/{name}", command=f"python {name}", env=env, engine=engine, date="today")
+    facts |= dict(
+        workers=2, hardware={"cpu": "x"}, seeds=list(range(1, len(runs) + 1)), failed={}, runs=entries
+    )
+    facts |= {"summary": {"steps": {"min": min(steps)}}}
+    common.write_json(folder / f"{name}.json", facts | more)
+
+
+# ---- common.py ----
+def test_seeds_in_short():
+    assert common.ranges([1, 2, 3, 7, 9, 10]) == "1-3,7,9-10"
+
+
+def test_commands_of_sets(results):
+    write_set(results / "fig1", "a", {"eval/win_rate": ([1], [0.5])})
+    write_set(results / "fig1", "b", {"eval/win_rate": ([1], [0.5])}, metric="eval/episodic_return", target=9)
+    common.write_json(results / "fig1" / "credit.json", {"checkpoints": []})  # of another script
+    sets = common.load_sets("fig1")
+    assert list(sets) == ["a", "b"]
+    text = common.sources("fig1", sets)
+    assert (
+        "- `python benchmark/run_seeds.py --name fig1/a --seeds 1 --workers 2 -- python a`: commit abc"
+        in text
+    )
+    assert "--name fig1/b --seeds 1 --metric eval/episodic_return --target 9 --workers 2 -- python b`" in text
+
+
+# ---- smac.py ----
+def smac_run(*values, exploring=None):
+    """An evaluation per 1000 steps."""
+    steps = [1000 * (i + 1) for i in range(len(values))]
+    run = {"eval/win_rate": (steps, list(values))}
+    return run | ({"charts/win_rate": (steps, [exploring] * len(steps))} if exploring is not None else {})
+
+
+def test_smac_cuts_curves_to_equal_steps(results, capsys):
+    with pytest.raises(SystemExit, match="no <method>_<map>.json"):
+        smac.main([])
+    fig3, entropy = results / "fig3", {"losses/entropy": ([1500, 2000], [1.0, 0.04])}
+    write_set(fig3, "coma_3m", smac_run(0.5, 0.25, exploring=0.125) | entropy)
+    write_set(fig3, "dop_3m", smac_run(0.95, 0.5, 1.0), smac_run(0.0, 0.25, 0.5), failed={"3": 1})
+    smac.main([])
+    text = (fig3 / "README.md").read_text()
+    header = "|  | seeds | greedy at 2,000 steps | exploring | its own end | greedy | exploring | worst |"
+    assert header in text
+    # at 2000 steps the last fifth is the evaluation at 2000, of the whole run that at 3000
+    (line,) = [line for line in text.splitlines() if line.startswith("| DOP |")]
+    half = stats.success_rate([True, False])
+    assert line.startswith(
+        "| DOP | 2 (1 failed) | 0.38 [0.25, 0.50] | - | 3,000 | 0.75 [0.50, 1.00] | - | 0.50 |"
+    )
+    assert line.endswith(f"| {half} | - | {half} | - |")  # half of the seeds: the median is never reached
+    none = stats.success_rate([False])
+    assert f"| COMA | 1 | 0.25 | 0.12 | 2,000 | 0.25 | 0.12 | 0.25 | {none} | - | {none} | 0.04 |" in text
+    # one map: P(DOP is better) at the 2000 steps of both: one of two seeds beats COMA, one ties
+    assert "| COMA | 1 | 2,000 to 2,000 | 2 and 1 | 0.38 [0.25, 0.50] | 0.25 | 0.75 " in text
+    assert not (fig3 / "profile.png").exists() and (fig3 / "greedy.png").exists()
+
+
+def test_smac_keeps_engines_apart(results, capsys):
+    fig3 = results / "fig3"
+    for name, level in (("mmm", 0.75), ("8m", 0.5)):
+        for method, score in (("dop", level), ("qmix", level - 0.25)):
+            runs = [smac_run(0.0, score, exploring=score) for _ in range(2)]
+            write_set(fig3, f"{method}_{name}_torch", *runs, env=name, engine="simulator, torch engine")
+    write_set(fig3, "dop_mmm", smac_run(0.0, 1.0, exploring=0.5), env="mmm")
+    write_set(fig3, "dop_mmm_paper", smac_run(0.0, 0.125, exploring=0.0), env="mmm")
+    smac.main([])
+    text = (fig3 / "README.md").read_text()
+    present, torch = (
+        text.index("## Embedded simulator, Warp kernels"),
+        text.index("## Simulator, torch engine"),
+    )
+    others = text.index("## Other sets")
+    assert present < text.index("### mmm\n") < torch < text.index("### mmm, torch\n") < others
+    assert "| DOP | 1 | 1.00 | 0.50 |" in text[present:torch]
+    assert "QMIX" not in text[present:torch] and "torch_" not in text[present:torch]
+    assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[torch:]
+    assert "better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:present]
+    assert "On the present engine nothing can be compared yet (sets of mmm only)" in text[:present]
+    assert f"| dop_mmm_paper (mmm, {common.ENGINE}) | 1 | 0.12 | 0.00 |" in text[others:]
+    for name in ("torch_profile", "torch_greedy", "torch_exploring", "greedy", "exploring"):
+        with Image.open(fig3 / f"{name}.png") as image:
+            assert image.width > 500
+        assert f"({name}.png)" in text
+
+
+def test_profiles_need_maps_that_all_have():
+    def of(*values):
+        runs = [{"curves": {"eval/win_rate": {"step": [10], "value": [x]}}} for x in values]
+        return {"runs": runs, "summary": {"steps": {"min": 10}}}
+
+    maps = {
+        "a": {"DOP": of(0.1, 0.2, 0.3), "COMA": of(0.4, 0.5), "QMIX": of(0.0)},
+        "b": {"DOP": of(0.6, 0.7), "COMA": of(0.8, 0.9)},
+    }
+    runs, shared = smac.profiled(maps)  # QMIX has one map, and DOP as many seeds as its set of fewest
+    assert shared == ["a", "b"] and {label: x.tolist() for label, x in runs.items()} == {
+        "DOP": [[0.1, 0.6], [0.2, 0.7]],
+        "COMA": [[0.4, 0.8], [0.5, 0.9]],
+    }
+    assert smac.profiled({"a": maps["a"]}) == ({}, [])
+
+
+# ---- cdm.py, quadratic.py, diffs.py ----
+def test_cdm_counts_found_held_and_lost(results, capsys):
+    curves = [
+        [10.0] * 6,
+        [10.0, -10, 10, 10, 10, 10],
+        [-10.0] * 6,
+    ]  # held and never left; lost within the last five; neither
+    with pytest.raises(SystemExit, match="no <protocol>"):
+        cdm.main([])
+    runs = [{"eval/episodic_return": (list(range(6)), x)} for x in curves]
+    write_set(results / "fig1", "guided_coma", *runs, env="cdm", engine=None)
+    cdm.main([])
+    held, found, lost, kept = (stats.success_rate([i < n for i in range(3)]) for n in (1, 2, 1, 1))
+    text = (results / "fig1" / "README.md").read_text()
+    assert f"| COMA | {held} | {found} | {lost} | {kept} |" in text and "MAAC: not run" in text
+    assert "COMA misses or loses it (1 of 3)" in text and (results / "fig1" / "guided.png").exists()
+
+
+def test_quadratic_tables(results, capsys):
+    def write(name, finals, **settings):
+        steps = list(range(100, 1600, 100))
+        runs = [
+            {
+                "charts/episodic_return": (steps, [-500.0] * 10 + [100 * x] * 5),
+                "eval/episodic_return": ([100, 1500], [1e3, 98 * x]),
+            }
+            for x in finals
+        ]
+        write_set(results / "masql_fig3", name, *runs, env="quadratic", engine=None, settings=settings)
+
+    with pytest.raises(SystemExit, match="no masql.json"):
+        quadratic.main([])
+    write("masql", [9.9, 9.5, 0.1], annealing="exponential", alpha_start=1.0)
+    write("masql_linear_0.2", [9.9, 8.9], annealing="linear", alpha_start=0.2)
+    write("maddpg", [-0.5, 0.0])
+    quadratic.main([])
+    text = (results / "masql_fig3" / "README.md").read_text()
+    two, none, one = (stats.success_rate([i < n for i in range(k)]) for n, k in ((2, 3), (0, 2), (1, 2)))
+    assert f"| {two} | {two} | 72% of 50 | 0.10 / 9.31 / 9.70 | 21.0 (22.0) |" in text
+    assert f"| {none} | {none} | 0 of 50 |" in text and f"MASQL in {two}, MADDPG in {none}" in text
+    assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
+    assert f"| exponential | {two} | - |" in text and f"| linear | - | {one} |" in text
+
+
+def test_diffs_count_lines(results, monkeypatch, capsys):
+    monkeypatch.setattr(diffs, "ROOT", results)
+    monkeypatch.setattr(diffs, "FAMILIES", {"single steps": ["one.py", "two.py"]})
+    (results / "one.py").write_text("a\nb\nc\n")
+    (results / "two.py").write_text("a\nx\ny\nc\n")
+    diffs.main([])
+    assert "| `diff one.py two.py` | 1 | 2 | 2 |" in (results / "diffs" / "README.md").read_text()
+
+
+# ---- report.py ----
+def test_index_has_a_line_per_page(results, capsys):
+    common.write_page("fig9", "Fig. 9", "All\nis well.", "Is\nit.", "more\n")
+    report.main(["--index"])
+    assert (results / "fig9" / "README.md").read_text() == (
+        "# Fig. 9\n\n**Claim.** All is well.\n\n**Answer.** Is it.\n\nmore\n"
+    )
+    assert (
+        (results / "README.md").read_text().endswith("| [Fig. 9](fig9/README.md) | All is well. | Is it. |\n")
+    )
+
+
+def test_pages_of_speed_and_teams(results, capsys):
+    facts = dict(command="x", commit="abc", dirty=False, date="today", hardware={"cpu": "y"})
+    ways = {"ours": {"steps_per_second": 300.0}, "smax": {"steps_per_second": 200.0}}
+    result = {"env": "3m", "num_envs": 4, "threads": 1, "ways": ways}
+    run = {"seconds": 10.0, "step_seconds": 1.0}
+    files = {
+        "throughput": facts | {"results": [result], "peer": "SMAX"},
+        "training_speed": facts | {"results": {"this commit": run, "earlier commit": run}, "earlier": "def"},
+        "other": {"results": []},
+    }
+    report.engine(files)
+    text = (results / "engine" / "README.md").read_text()
+    assert "1.5 to 1.5 times smax; env.step takes 10.0% of a training run." in text
+    assert "Beside SMAX." in text and "[other.json](other.json)" in text and "(def)" in text
+    battles = [{"map": "3m", "team": "stop", "win_rate": x, "return": 1.0, "length": 9.0} for x in (0.25,)]
+    report.teams({"battles": facts | {"results": battles, "games": 2, "engine": "e"}})
+    assert "stop 0.25 to 0.25." in (results / "scripted" / "README.md").read_text()
+
+
+def test_published_sets_are_on_their_pages():
+    """A set of runs that was added or taken away: python benchmark/report.py."""
+    for path in common.RESULTS.glob("*/*.json"):
+        if "runs" in json.loads(path.read_text()):
+            name = f"{path.parent.name}/{path.stem}"
+            assert f"--name {name} " in (path.parent / "README.md").read_text(), name
