@@ -20,6 +20,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -144,9 +145,10 @@ class Run:
                 time.sleep(0.5)
                 if not place and (changed := news(folder, seen)):
                     yield {}, changed
-            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of KiB
-            facts = {"exit_code": self.process.returncode, "peak_memory_mib": round(memory)}
-            yield facts | {"end": time.time()}, {} if place else news(folder, seen)
+            files = {} if place else news(folder, seen)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of KiB
+        facts = {"exit_code": self.process.returncode, "peak_memory_mib": round(memory)}
+        yield facts | {"end": time.time()}, files
 
     def interrupt(self):
         """As Ctrl-C does."""
@@ -186,9 +188,11 @@ def start_ray(args):
         options = {"address": "local", "num_cpus": args.workers * args.threads}
         options |= {"include_dashboard": False, "object_store_memory": 2**27}
     try:
+        if ":" in options["address"]:  # Ray itself would ask for minutes
+            socket.create_connection(options["address"].rsplit(":", 1), timeout=10).close()
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray has no class for it
-        machine.fail(f"cannot use Ray: {error}")
+        machine.fail(f"cannot use Ray at {options['address']}: {error}")
     room = {"CPU": 0, "GPU": 0} | ray.cluster_resources()
     fit = min(room["CPU"] // args.threads, room["GPU"] // args.gpus if args.gpus else room["CPU"])
     if not fit:
@@ -281,21 +285,24 @@ def run_all(args, sets):
     waiting = [(one, seed) for one in sets for seed in unfinished(one)]
     if not waiting:
         return
-    workers, running, lost, stopping = start_ray(args), {}, Counter(), False
+    workers, running, begun, lost = start_ray(args), {}, set(), Counter()
     for one, seed in waiting:
         running |= submit(one, seed, workers)
     stop = machine.catch_signals()
     while running:
-        if stop and not stopping:
-            stopping = True
-            count = sum("start" in about for *_, about in running.values())
-            print(f"stopping {count} runs, which save; the same command goes on with them", flush=True)
-            for run, *_, about in running.values():
-                run.interrupt.remote() if "start" in about else ray.kill(run)
+        if stop == [130]:
+            stop.append("told the runs")
+            print(f"stopping {len(begun)} runs, which save; the same command goes on with them", flush=True)
+            for stream, (run, *_) in running.items():
+                run.interrupt.remote() if stream in begun else ray.kill(run)
         for stream in ray.wait([*running], timeout=1)[0]:
-            _, one, seed, folder, about = running[stream]
+            run, one, seed, folder, about = running[stream]
             facts = receive(stream, folder, about)
-            if facts.keys() & {"exit_code", "lost"}:
+            if "start" in facts:
+                begun.add(stream)
+            elif facts.keys() & {"exit_code", "lost"}:
+                ray.kill(run)
+                begun.discard(stream)
                 del running[stream]
             if "lost" in facts and not stop:
                 lost[folder] += 1
