@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--seeds", type=parse_seeds, required=True, help="for example 1-8 or 1,2,5")
     add("--workers", type=int, default=1, help="runs at the same time; a cluster takes what it has room for")
     add("--threads", type=int, default=1, help="threads of each run, and the cores it takes of a cluster")
-    add("--gpus", type=float, default=0, help="GPUs of a run: with 0.25 four share one, with 0 it sees none")
+    add("--gpus", type=float, default=0, help="GPUs that Ray keeps for a run; with 0.25 four share one")
     add("--address", help="HOST:PORT of the cluster of Ray to which this machine belongs, or auto")
     add("--sweep", type=parse_sweep, action="append", default=[], metavar="FLAG=A,B",
         help="a set of its own per value of a flag of the command; repeated: per combination")  # fmt: skip

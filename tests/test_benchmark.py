@@ -18,7 +18,6 @@ from PIL import Image
 
 from benchmark import (
     cdm,
-    collect,
     common,
     diffs,
     plot,
@@ -32,6 +31,7 @@ from benchmark import (
 )
 from benchmark import report as results_page
 from benchmark import update_speed as speed
+from benchmark.collect import summarise, thin
 from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
@@ -160,7 +160,7 @@ def test_summary_by_hand():
         "eval/episodic_return": [steps, [float(step) for step in steps], steps],
         "charts/train_seconds": [[150, 350, 550], [1.0, 3.0, 9.0], [0, 0, 0]],
     }
-    summary = collect.summarise(curves, start=20.0, metric="eval/win_rate", target=0.90)
+    summary = summarise(curves, start=20.0, metric="eval/win_rate", target=0.90)
     assert summary == {
         "best": 1.0,
         "final": 0.7,
@@ -172,15 +172,15 @@ def test_summary_by_hand():
         "last_fifth_return": 950.0,
         "steps": 1000,
     }
-    never = collect.summarise(curves, 20.0, "eval/win_rate", 1.5)
+    never = summarise(curves, 20.0, "eval/win_rate", 1.5)
     assert never["step_to_target"] is never["wall_seconds_to_target"] is None and never["best"] == 1.0
-    assert set(collect.summarise({}, 0.0, "eval/win_rate", 0.9).values()) == {None}
+    assert set(summarise({}, 0.0, "eval/win_rate", 0.9).values()) == {None}
 
 
 def test_thin_keeps_means_and_ends():
-    steps, values = collect.thin(list(range(1, 11)), [float(x) for x in range(1, 11)], max_points=4)
+    steps, values = thin(list(range(1, 11)), [float(x) for x in range(1, 11)], max_points=4)
     assert steps == [3, 6, 9, 10] and values == [2.0, 5.0, 8.0, 10.0]
-    assert collect.thin([1, 2], [5.0, 6.0], max_points=2) == ([1, 2], [5.0, 6.0])
+    assert thin([1, 2], [5.0, 6.0], max_points=2) == ([1, 2], [5.0, 6.0])
 
 
 def test_runs_and_collects(bench, capfd):
@@ -341,7 +341,8 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     )
     try:
         wait_for(lambda: process.poll() is not None or [*runs.glob("x/seed_1/*/model.pt")])
-        os.killpg(process.pid, signal.SIGINT)  # a terminal tells Ray's processes too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # a terminal tells Ray's processes too
         out, _ = process.communicate()
     finally:
         process.kill()
