@@ -7,9 +7,8 @@ import json
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -39,10 +38,12 @@ def hardware(threads=None, device="cpu"):
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"cpu": cpu, "cores": cores, "python": platform.python_version(), "torch": torch.__version__}
+    facts = {"cpu": cpu, "cores": cores, "python": platform.python_version(), "torch": version("torch")}
     if threads is not None:
         facts["threads"] = threads
     if str(device).startswith("cuda"):
+        import torch  # here, so that Ray's workers need not have it in memory
+
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
 

@@ -1,72 +1,76 @@
-"""Repeat one command over seeds in parallel processes on this machine, and collect its curves in small files.
+"""Repeat one command over seeds as tasks of Ray, and collect its curves in small files.
 
-    python benchmark/run_seeds.py --name dop_mmm --seeds 1-8 --workers 2 -- python dop_stochastic.py --env mmm
+    python benchmark/run_seeds.py --name fig3/dop_mmm --seeds 1-8 --workers 2 -- python dop_stochastic.py
 
-Each seed gets the folder runs/<name>/seed_<n> with log.txt, the run folder of the command and, once it has
-ended well, done.json. A seed with done.json is not run again; anything else in its place is set aside as
-seed_<n>.old_<k>, never deleted. Then the curves go to docs/results/<name>.json, and a line per seed to
-<name>.csv. Nothing is run where these hold another command, or seeds that --seeds leaves out.
+Ray starts on this machine and ends with this script, unless --address names a cluster. Each seed gets the
+folder runs/<name>/seed_<n> with log.txt, the run folder of the command and, once it has ended well,
+done.json. A seed with done.json is not run again; one that was interrupted, or lost its machine, goes on from
+its latest checkpoint; anything else in its place is set aside as seed_<n>.old_<k>, never deleted. Then the
+curves go to docs/results/<name>.json, and a line per seed to <name>.csv. Nothing is run where these hold
+another command, or seeds that --seeds leaves out.
 """
 
 import argparse
-import fnmatch
+import copy
+import itertools
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
-import statistics
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+try:
+    import ray
+except ImportError:  # needed to run, not to collect
+    ray = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ENGINE, RESULTS, ROOT, commit, hardware, last_fifth, today, write_csv, write_json
+from benchmark.collect import collect
+from benchmark.common import RESULTS, ROOT, commit, describe, hardware, markdown_table, today
+from envs import machine
 
-TAGS = [
-    "eval/*",
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/win_rate",
-    "charts/train_seconds",
-    "losses/entropy",
-    "losses/grad_norm_actor",
-]
+TAGS = "eval/* charts/episodic_return charts/episodic_length charts/win_rate charts/train_seconds".split()
+TAGS += "losses/entropy losses/grad_norm_actor".split()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PYTHON = ("python", "python3")  # in a command, the interpreter that runs this script
-PER_RUN = ("seed", "run_dir", "resume", "evaluate")  # not settings of the whole set
-MAX_POINTS = 250  # of a curve in the JSON file; longer ones are averaged in groups
+LOSSES = 5  # machines that a seed may lose before it counts as failed
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--name", required=True, help="name of this set of runs, of its folder and its result files"
-    )
-    parser.add_argument("--seeds", type=parse_seeds, required=True, help="for example 1-8 or 1,2,5")
-    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
-    parser.add_argument("--metric", default="eval/win_rate", help="the tag that the summary is about")
-    parser.add_argument(
-        "--target", type=float, default=0.90, help="value of --metric whose first time is reported"
-    )
-    parser.add_argument("--tags", nargs="+", default=TAGS, help="tags to collect, with wildcards")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the runs' folder is")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the two result files go")
-    parser.add_argument("--collect-only", action="store_true", help="run nothing, collect what is finished")
+    add = parser.add_argument
+    add("--name", required=True, help="SET or FOLDER/SET, of its folder and its result files")
+    add("--seeds", type=parse_seeds, required=True, help="for example 1-8 or 1,2,5")
+    add("--workers", type=int, default=1, help="runs at the same time; a cluster takes what it has room for")
+    add("--threads", type=int, default=1, help="threads of each run, and the cores it takes of a cluster")
+    add("--gpus", type=float, default=0, help="GPUs that Ray keeps for a run; with 0.25 four share one")
+    add("--address", help="HOST:PORT of the cluster of Ray to which this machine belongs, or auto")
+    add("--sweep", type=parse_sweep, action="append", default=[], metavar="FLAG=A,B",
+        help="a set of its own per value of a flag of the command; repeated: per combination")  # fmt: skip
+    add("--metric", default="eval/win_rate", help="the tag that the summary is about")
+    add("--target", type=float, default=0.90, help="value of --metric whose first time is reported")
+    add("--tags", nargs="+", default=TAGS, help="tags to collect, with wildcards")
+    add("--runs", type=Path, default=ROOT / "runs", help="where the runs' folder is")
+    add("--results", type=Path, default=RESULTS, help="where the result files go")
+    add("--collect-only", action="store_true", help="run nothing, collect what is finished")
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.command = argv[cut + 1 :]
     args.runs = args.runs.resolve()  # the command runs in ROOT, wherever this script was called from
-    if not re.fullmatch(r"[\w.-]+", args.name):
-        parser.error(f"--name may have letters, digits, '_', '-' and '.', got {args.name!r}")
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", args.name):
+        parser.error(f"--name may have letters, digits, '_', '-', '.' and one '/', got {args.name!r}")
     if not args.command and not args.collect_only:
         parser.error("the command to repeat is missing: put it behind ' -- '")
     if not args.collect_only and args.command[0] not in PYTHON:
@@ -75,6 +79,8 @@ def parse_args(argv=None):
             parser.error(f"{program!r} is no program that can be run; Python files need 'python' before them")
     if args.workers < 1 or args.threads < 1:
         parser.error("--workers and --threads must be at least 1")
+    if not args.collect_only and not ray:
+        parser.error(f"Ray is missing: {sys.executable} -m pip install -r requirements-benchmark.txt")
     return args
 
 
@@ -91,275 +97,261 @@ def parse_seeds(text):
     return sorted(set(seeds))
 
 
-# ---- running ----
-def launch(args, seed):
-    """Start one run and return (process, its folder, what done.json will say)."""
-    folder = args.runs / args.name / f"seed_{seed}"
-    if folder.exists():
-        old = next(
-            f for k in range(1, 10**6) if not (f := folder.with_name(f"{folder.name}.old_{k}")).exists()
-        )
-        folder.rename(old)
-    folder.mkdir(parents=True)
-    words = [sys.executable if args.command[0] in PYTHON else args.command[0], *args.command[1:]]
-    words += ["--seed", str(seed), "--exp-name", args.name, "--run-dir", str(folder)]
-    variables = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(args.threads)), "PYTHONUNBUFFERED": "1"}
-    about = {
-        "seed": seed,
-        "command": shlex.join(args.command),
-        **commit(),
-        "started": today(),
-        "start": time.time(),
-    }
-    about |= {"hardware": hardware(args.threads), "workers": args.workers}
-    with open(folder / "log.txt", "w") as log:
-        log.write(shlex.join(words) + "\n")
-        log.flush()
-        process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    return process, folder, about
+def parse_sweep(text):
+    """'actor_lr=1e-4,5e-4' -> [('actor_lr', '1e-4'), ('actor_lr', '5e-4')]."""
+    if not re.fullmatch(r"[a-z]\w*=[\w.-]+(,[\w.-]+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no flag with values such as actor_lr=1e-4,5e-4")
+    flag, values = text.split("=")
+    return [(flag, value) for value in values.split(",")]
 
 
-def peak_memory(pid):
-    """Largest resident memory of a running process so far in MiB, None where /proc does not tell."""
+def sets_of(args):
+    """`args` once for each combination of the sweeps, with a name and a command of its own."""
+    for cell in itertools.product(*args.sweep):
+        one = copy.copy(args)
+        one.cell, one.failed = cell, {}
+        one.name += "".join(f"_{flag}_{value}" for flag, value in cell)
+        one.command = args.command + [x for f, v in cell for x in (f"--{f.replace('_', '-')}", v)]
+        yield one
+
+
+# ---- on a worker ----
+class Run:
+    """One run, as an actor of Ray, in `place`, a folder of the caller, or with None in one of the worker."""
+
+    def follow(self, words, place, files, threads, gpus):
+        """Start it among `files` {name: bytes}. Yields (facts, files): at the start, of changes, at the end.
+
+        In a folder of the caller there are no files to yield.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, seen = Path(place or scratch), {}
+            folder.mkdir(parents=True, exist_ok=True)
+            put(folder, files)
+            news(folder, seen)
+            words = [sys.executable if words[0] in PYTHON else words[0], *words[1:], "--run-dir", str(folder)]
+            for checkpoint in folder.glob("*/model.pt"):
+                words += ["--resume", str(checkpoint.parent)]
+            env = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # Ray's processes block SIGINT
+            start = time.time()
+            with open(folder / "log.txt", "a") as log:
+                print(shlex.join(words), file=log, flush=True)
+                streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                self.process = subprocess.Popen(words, cwd=ROOT if place else None, env=env, **streams)
+            facts = {"started": today(), "hardware": hardware(threads, "cuda" if gpus else "cpu")}
+            yield facts | {"start": start}, {}
+            while self.process.poll() is None:
+                time.sleep(0.5)
+                if not place and (changed := news(folder, seen)):
+                    yield {}, changed
+            files = {} if place else news(folder, seen)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of KiB
+        facts = {"exit_code": self.process.returncode, "peak_memory_mib": round(memory)}
+        yield facts | {"end": time.time()}, files
+
+    def interrupt(self):
+        """As Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+
+
+def news(folder, seen):
+    """{name: bytes} of the files that are not as in `seen`, which is brought up to date.
+
+    Checkpoints are read first: events that are read later hold all that a resumed run will not log again.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*"), key=lambda path: path.name != "model.pt"):
+        if path.is_file() and path.suffix != ".tmp":
+            state = path.stat().st_mtime_ns, path.stat().st_size
+            if seen.get(path) != state:
+                seen[path], files[str(path.relative_to(folder))] = state, path.read_bytes()
+    return files
+
+
+def put(folder, files):
+    """Write what `news` has read, each file whole or not at all, checkpoints last."""
+    for name, content in reversed(files.items()):
+        path, new = folder / name, folder / f"{name}.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(content)
+        new.replace(path)
+
+
+# ---- on the caller ----
+def start_ray(args):
+    """Start Ray, or connect to the cluster. Returns how many runs it has room for."""
+    if args.address:
+        shipped = {"working_dir": str(ROOT), "excludes": [".git", ".ci", "docs", "runs"]}
+        options = {"address": args.address, "runtime_env": shipped}
+    else:
+        options = {"address": "local", "num_cpus": args.workers * args.threads}
+        options |= {"include_dashboard": False, "object_store_memory": 2**27}
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return match and round(int(match[1]) / 1024)
+        if ":" in options["address"]:  # Ray itself would ask for minutes
+            socket.create_connection(options["address"].rsplit(":", 1), timeout=10).close()
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # Ray has no class for it
+        machine.fail(f"cannot use Ray at {options['address']}: {error}")
+    room = {"CPU": 0, "GPU": 0} | ray.cluster_resources()
+    fit = min(room["CPU"] // args.threads, room["GPU"] // args.gpus if args.gpus else room["CPU"])
+    if not fit:
+        has = f"Ray has {room['CPU']:g} cores and {room['GPU']:g} GPUs"
+        machine.fail(f"{has}, a run takes {args.threads} and {args.gpus:g}")
+    return int(fit)
 
 
-def finish(process, folder, about):
-    """Write done.json, or failed.json for an exit code other than 0. Returns the exit code."""
-    about |= {"wall_seconds": round(time.time() - about["start"], 1), "exit_code": process.returncode}
-    marker = folder / ("failed.json" if process.returncode else "done.json")
-    marker.with_suffix(".tmp").write_text(json.dumps(about, indent=2) + "\n")
-    marker.with_suffix(".tmp").rename(marker)
-    return process.returncode
-
-
-def stop(running, patience=30):
-    """Interrupt the children as Ctrl-C would, and kill whatever is left after `patience` seconds."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        for process, _, _ in running:
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-        deadline = time.time() + patience
-        while time.time() < deadline and any(process.poll() is None for process, _, _ in running):
-            time.sleep(0.05)
-
-
-def check_results(args):
-    """Exit where a result file holds another command, or seeds that are not asked for now."""
-    path = args.results / f"{args.name}.json"
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())
-    left_out = [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]
-    if old.get("command") != shlex.join(args.command):
-        sys.exit(f"run_seeds.py: {path} is of {old.get('command')!r}; take another --name or delete the file")
-    if left_out:
-        sys.exit(
-            f"run_seeds.py: {path} has more seeds than --seeds asks for ({', '.join(left_out)}); "
-            "ask for them too, take another --name or delete the file"
-        )
-
-
-def run_all(args):
-    """Run every seed that is not finished. Returns {seed: exit code} of the failed ones."""
-    waiting, running, failed, elsewhere, now = [], [], {}, [], commit()["commit"]
+def unfinished(args):
+    """The seeds that are left to run; exits where the name has another command or more seeds."""
+    left, elsewhere, command, now = [], [], shlex.join(args.command), commit()["commit"]
     for seed in args.seeds:
         done = args.runs / args.name / f"seed_{seed}" / "done.json"
         if not done.exists():
-            waiting.append(seed)
+            left.append(seed)
             continue
         about = json.loads(done.read_text())
-        if about["command"] != shlex.join(args.command):
-            sys.exit(
-                f"run_seeds.py: seed {seed} of {args.name!r} ran {about['command']!r}; take another --name"
-            )
+        if about["command"] != command:
+            machine.fail(f"seed {seed} of {args.name!r} ran {about['command']!r}; take another --name")
         if about["commit"] != now:
             elsewhere.append(f"seed {seed} ({(about['commit'] or 'unknown')[:10]})")
-    check_results(args)
-    print(
-        f"{args.name}: {len(args.seeds) - len(waiting)} of {len(args.seeds)} seeds are already finished",
-        flush=True,
-    )
+    path = args.results / f"{args.name}.json"
+    old = json.loads(path.read_text()) if path.exists() else {"command": command}
+    left_out = [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]
+    if old.get("command") != command:
+        machine.fail(f"{path} is of {old.get('command')!r}; take another --name or delete the file")
+    if left_out:
+        more = f"{path} has more seeds than --seeds asks for ({', '.join(left_out)})"
+        machine.fail(f"{more}; ask for them too, take another --name or delete the file")
+    done = len(args.seeds) - len(left)
+    print(f"{args.name}: {done} of {len(args.seeds)} seeds are already finished", flush=True)
     if elsewhere:
         print(
             f"finished at another commit than the present {(now or 'unknown')[:10]}: {', '.join(elsewhere)}; "
             f"to run one anew, remove its folder {args.runs / args.name}/seed_<n>",
             flush=True,
         )
-    # both end in KeyboardInterrupt, also where a shell has started this in the background with SIGINT ignored
-    handled = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, signal.default_int_handler) for number in handled]
+    return left
+
+
+def submit(args, seed, workers):
+    """Queue a run, on from its checkpoint or anew, with what was there set aside. Returns {stream: run}."""
+    folder = args.runs / args.name / f"seed_{seed}"
+    about = {"seed": seed, "command": shlex.join(args.command), **commit()}
     try:
-        while waiting or running:
-            while waiting and len(running) < args.workers:
-                running.append(launch(args, waiting.pop(0)))
-                print(f"seed {running[-1][2]['seed']}: started, log in {running[-1][1]}/log.txt", flush=True)
-            time.sleep(0.05)
-            for process, _, about in running:
-                about["peak_memory_mib"] = peak_memory(process.pid) or about.get("peak_memory_mib")
-            for run in [run for run in running if run[0].poll() is not None]:
-                running.remove(run)
-                code, about = finish(*run), run[2]
-                if code:
-                    failed[about["seed"]] = code
-                state = f"FAILED with exit code {code}" if code else "finished"
-                print(f"seed {about['seed']}: {state} after {about['wall_seconds']} s", flush=True)
-    except KeyboardInterrupt:
-        print(f"stopping {len(running)} runs; the same command goes on with the seeds that are not finished")
-        stop(running)
+        started = json.loads((folder / "started.json").read_text())
+    except (OSError, ValueError):
+        started = {}
+    if about.items() <= started.items() and any(folder.glob("*/model.pt")):
+        about = started | {"restarts": started["restarts"] + 1}
+    else:
+        about |= {"restarts": 0, "workers": workers}
+        if folder.exists():
+            old = (folder.with_name(f"{folder.name}.old_{k}") for k in itertools.count(1))
+            folder.rename(next(f for f in old if not f.exists()))
+    words = [*args.command, "--seed", str(seed), "--exp-name", Path(args.name).name]
+    place = (None, news(folder, {})) if args.address else (folder, {})
+    run = ray.remote(num_cpus=args.threads, num_gpus=args.gpus, max_concurrency=2)(Run).remote()
+    stream = run.follow.remote(words, *place, args.threads, args.gpus)
+    return {stream: (run, args, seed, folder, about)}
+
+
+def settle(args, folder, about):
+    """Print how a run is and put it down: started.json, at its end done.json or failed.json instead."""
+    code, state = about.get("exit_code"), "goes on" if about["restarts"] else "started"
+    state += f", log in {folder}/log.txt"
+    started = folder / "started.json"
+    if code is not None:
+        about["wall_seconds"] = round(about.pop("end") - about["start"], 1)
+        state = f"{f'FAILED with exit code {code}' if code else 'finished'} after {about['wall_seconds']} s"
+    put(folder, {"started.json": (json.dumps(about, indent=2) + "\n").encode()})
+    if code is not None:
+        started.rename(folder / ("failed.json" if code else "done.json"))
+    print(f"{args.name}, seed {about['seed']}: {state}", flush=True)
+
+
+def receive(stream, folder, about):
+    """Put what a run has sent into its folder and its facts. Returns what is new of the latter."""
+    try:
+        facts, files = ray.get(next(stream))
+    except (StopIteration, ray.exceptions.RayError) as error:
+        return {"lost": type(error).__name__}
+    put(folder, files)
+    about |= facts | about  # where it goes on, its first start counts
+    return facts
+
+
+def run_all(args, sets):
+    """Run every seed that is not finished; `failed` of its set tells why one has no result."""
+    waiting = [(one, seed) for one in sets for seed in unfinished(one)]
+    if not waiting:
+        return
+    workers, running, begun, lost = start_ray(args), {}, set(), Counter()
+    for one, seed in waiting:
+        running |= submit(one, seed, workers)
+    stop = machine.catch_signals()
+    while running:
+        if stop == [130]:
+            stop.append("told the runs")
+            print(f"stopping {len(begun)} runs, which save; the same command goes on with them", flush=True)
+            for stream, (run, *_) in running.items():
+                run.interrupt.remote() if stream in begun else ray.kill(run)
+        for stream in ray.wait([*running], timeout=1)[0]:
+            run, one, seed, folder, about = running[stream]
+            facts = receive(stream, folder, about)
+            if "start" in facts:
+                begun.add(stream)
+            elif facts.keys() & {"exit_code", "lost"}:
+                ray.kill(run)
+                begun.discard(stream)
+                del running[stream]
+            if "lost" in facts and not stop:
+                lost[folder] += 1
+                print(f"{one.name}, seed {seed}: lost its worker ({facts['lost']})", flush=True)
+                if lost[folder] < LOSSES:
+                    running |= submit(one, seed, workers)
+                else:
+                    one.failed[seed] = f"it lost {LOSSES} workers"
+            elif "start" in facts or "exit_code" in facts and not (stop and facts["exit_code"]):
+                settle(one, folder, about)
+                if facts.get("exit_code"):
+                    one.failed[seed] = facts["exit_code"]
+    ray.shutdown()
+    if stop:
         sys.exit(130)
-    finally:
-        for number, handler in zip(handled, previous, strict=True):
-            signal.signal(number, handler)
-    return failed
 
 
-# ---- collecting ----
-def read_curves(folder, patterns):
-    """{tag: (steps, values, wall times)} of every event file below `folder`, ordered by step."""
-    curves = {}
-    for place in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
-        events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            if any(fnmatch.fnmatch(tag, pattern) for pattern in patterns):
-                points = {event.step: (event.value, event.wall_time) for event in events.Scalars(tag)}
-                curves.setdefault(tag, {}).update(points)
-    return {tag: [list(x) for x in zip(*((s, *p) for s, p in sorted(points.items())), strict=True)]
-            for tag, points in curves.items()}  # fmt: skip
-
-
-def thin(steps, values, max_points=MAX_POINTS):
-    """Averages of equal groups of points, each at its last step, so that at most `max_points` are left."""
-    size = -(-len(steps) // max_points)
-    groups = [slice(i, i + size) for i in range(0, len(steps), size)]
-    return [steps[g][-1] for g in groups], [statistics.fmean(values[g]) for g in groups]
-
-
-def at_step(curve, step):
-    """Value of a curve at a step, linear between its points."""
-    steps, values = curve[0], curve[1]
-    after = next((i for i, x in enumerate(steps) if x >= step), len(steps) - 1)
-    if after == 0 or steps[after] <= step:
-        return values[after]
-    share = (step - steps[after - 1]) / (steps[after] - steps[after - 1])
-    return values[after - 1] + share * (values[after] - values[after - 1])
-
-
-def summarise(curves, start, metric, target):
-    """The figures of one run; None where the run logged nothing of the kind.
-
-    last_fifth: mean over the evaluations in the last fifth of the run's steps. Seconds are those of training
-    alone (charts/train_seconds) and those since the launch of the process (wall), evaluations included.
-    """
-    keys = (
-        "best",
-        "final",
-        "last_fifth",
-        "step_to_target",
-        "train_seconds_to_target",
-        "wall_seconds_to_target",
+def tabulate(args, sets, reports):
+    """Print and write the table of a sweep, a row per set: median (minimum to maximum) over seeds."""
+    figures = ("best", "final", "last_fifth", "step_to_target", "final_return")
+    rows = []
+    for one, report in zip(sets, reports, strict=True):
+        rows.append([*(value for _, value in one.cell), len(report["runs"])])
+        for figure in (report["summary"][name] for name in figures):
+            known = figure["median"] is not None
+            rows[-1].append("{median:g} ({min:g} to {max:g})".format(**figure) if known else "-")
+    table = markdown_table([*(flag for flag, _ in one.cell), "seeds", *figures], rows)
+    command = shlex.join(["python", "benchmark/run_seeds.py", *sys.argv[1:]])
+    made = describe(reports[0] | {"command": command})
+    about = (
+        f"Median (minimum to maximum) over seeds. The metric is {args.metric}, its target {args.target:g}."
     )
-    summary = dict.fromkeys((*keys, "final_return", "last_fifth_return", "steps"))
-    summary["steps"] = max(curve[0][-1] for curve in curves.values()) if curves else None
-    if metric in curves:
-        steps, values, times = curves[metric]
-        summary |= {"best": max(values), "final": values[-1]}
-        summary["last_fifth"] = statistics.fmean(last_fifth(steps, values))
-        # TensorBoard holds single precision, in which 0.9 is a little less than 0.9
-        first = next((i for i, value in enumerate(values) if value >= target - 1e-6), None)
-        if first is not None:
-            summary |= {"step_to_target": steps[first], "wall_seconds_to_target": times[first] - start}
-            if "charts/train_seconds" in curves:
-                summary["train_seconds_to_target"] = at_step(curves["charts/train_seconds"], steps[first])
-    for tag in ("eval/episodic_return", "charts/episodic_return"):
-        if tag in curves:
-            steps, values, _ = curves[tag]
-            summary["final_return"] = values[-1]
-            summary["last_fifth_return"] = statistics.fmean(last_fifth(steps, values))
-            break
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
-
-
-def collect(args, failed):
-    """Write the JSON and the CSV file of all finished seeds; returns the former, or None if none is."""
-    runs, settings = [], {}
-    for seed in args.seeds:
-        folder = args.runs / args.name / f"seed_{seed}"
-        if not (folder / "done.json").exists():
-            if args.collect_only:
-                failed[seed] = "not finished"
-            continue
-        about = json.loads((folder / "done.json").read_text())
-        curves = read_curves(folder, args.tags)
-        if not curves:
-            failed[seed] = "it logged nothing"
-            continue
-        settings = next((json.loads(path.read_text()) for path in folder.rglob("args.json")), settings)
-        settings = {key: value for key, value in settings.items() if key not in PER_RUN}
-        kept = {tag: thin(*curve[:2]) for tag, curve in sorted(curves.items())}
-        runs.append({
-            "seed": seed, "wall_seconds": about["wall_seconds"], "started": about["started"],
-            "commit": about["commit"], "dirty": about["dirty"],
-            "peak_memory_mib": about.get("peak_memory_mib"),
-            "summary": summarise(curves, about["start"], args.metric, args.target),
-            "curves": {t: {"step": s, "value": [float(f"{x:.5g}") for x in v]} for t, (s, v) in kept.items()},
-        })  # fmt: skip
-    if not runs:
-        print(f"{args.name}: no finished run, nothing to collect")
-        return None
-    commits = {(run["commit"], run["dirty"]) for run in runs}
-    if len(commits) > 1:
-        print(f"{args.name}: the runs come from {len(commits)} states of the code, see `commit` of each run")
-    overall = {}
-    for key in runs[0]["summary"]:
-        values = [run["summary"][key] for run in runs]
-        reached = [value for value in values if value is not None]
-        # a seed that never reached the target counts as later than all others
-        padded = sorted(reached) + [float("inf")] * (len(values) - len(reached))
-        middle = statistics.median(padded)
-        overall[key] = {"median": middle if middle < float("inf") else None, "n": len(reached)}
-        overall[key] |= {"min": min(reached), "max": max(reached)} if reached else {}
-    smac = json.loads((ROOT / "envs" / "smac_maps.json").read_text())["maps"]
-    env = settings.get("env", "")
-    engine = ENGINE if env.lower() in {x.lower() for x in smac} else None
-    report = {
-        "name": args.name, "command": about["command"], "env": env.lower(), "engine": engine,
-        "commit": about["commit"], "dirty": any(run["dirty"] for run in runs), "date": today(),
-        "hardware": about["hardware"], "workers": about["workers"], "seeds": [run["seed"] for run in runs],
-        "failed": {str(seed): code for seed, code in failed.items()},
-        "metric": args.metric, "target": args.target,
-        "summary": overall, "settings": settings, "runs": runs,
-    }  # fmt: skip
-    write_json(args.results / f"{args.name}.json", report)
-    rows = [{"seed": run["seed"], **run["summary"], "wall_seconds": run["wall_seconds"]} for run in runs]
-    write_csv(args.results / f"{args.name}.csv", rows)
-    return report
+    (args.results / f"{args.name}_sweep.md").write_text(f"# {args.name}\n\n{made}\n\n{about}\n\n{table}")
+    print(table)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    failed = {} if args.collect_only else run_all(args)
-    report = collect(args, failed)
-    if report:
-        for key, value in report["summary"].items():
-            print(f"{key:26}" + "  ".join(f"{name} {x:g}" for name, x in value.items() if x is not None))
-        print(f"written: {args.results / args.name}.json and .csv")
-    if failed:
-        print("without a result: " + ", ".join(f"seed {seed} ({why})" for seed, why in failed.items()))
-    return 1 if failed or not report else 0
+    sets = [*sets_of(args)]
+    if not args.collect_only:
+        run_all(args, sets)
+    reports = [collect(one) for one in sets]
+    if args.sweep and all(reports):
+        tabulate(args, sets, reports)
+    for one in sets:
+        if one.failed:
+            failed = ", ".join(f"seed {seed} ({why})" for seed, why in one.failed.items())
+            print(f"{one.name}, without a result: {failed}")
+    return 1 if any(one.failed for one in sets) or not all(reports) else 0
 
 
 if __name__ == "__main__":

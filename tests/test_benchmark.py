@@ -1,11 +1,15 @@
 """The benchmark scripts: what is run, collected, kept and drawn. Nothing here trains or times anything."""
 
+import contextlib
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,49 +17,118 @@ from PIL import Image
 
 from benchmark import common, plot, run_seeds, scripted, standins, throughput, training_speed
 from benchmark import update_speed as speed
+from benchmark.collect import summarise, thin
 from envs import make
 
 # stands for an algorithm: logs a little, then exits with the code that it finds in a file, or with 0
 FAKE = """
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, signal, sys, time
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 parser = argparse.ArgumentParser()
 parser.add_argument("--seed", type=int)
 parser.add_argument("--exp-name")
 parser.add_argument("--run-dir")
+parser.add_argument("--resume", type=pathlib.Path)
 parser.add_argument("--code", default="")
-parser.add_argument("--sleep", type=float, default=0)
+parser.add_argument("--scale", type=float, default=1)
+parser.add_argument("--gate", type=pathlib.Path)  # where it waits, after its checkpoint
+parser.add_argument("--fatal", action="store_true")
 args = parser.parse_args()
-folder = pathlib.Path(args.run_dir) / f"mmm__{args.exp_name}__{args.seed}__0"
+folder = args.resume or pathlib.Path(args.run_dir) / f"mmm__{args.exp_name}__{args.seed}__0"
 writer = EventFileWriter(str(folder))
 (folder / "args.json").write_text(json.dumps({"env": "mmm", "seed": args.seed}))
-for step in range(1, 6):
-    for tag, value in (("eval/win_rate", args.seed * step / 10), ("losses/critic_loss", 1.0)):
+print("threads", os.environ["OMP_NUM_THREADS"], "pid", os.getpid(), "in", os.getcwd(), flush=True)
+for step in range(4 if args.resume else 1, 6):
+    for tag, value in (("eval/win_rate", args.scale * args.seed * step / 10), ("losses/critic_loss", 1.0)):
         summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)])
         writer.add_event(event_pb2.Event(wall_time=time.time(), step=100 * step, summary=summary))
+    if step == 3 and args.gate:
+        writer.flush()
+        (folder / "model.pt").write_text("3")
+        while not args.gate.exists():
+            time.sleep(0.1)
 writer.close()
-print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
-time.sleep(args.sleep)
+if args.fatal:
+    os.kill(os.getppid(), signal.SIGKILL)
 code = pathlib.Path(args.code)
 sys.exit(int(code.read_text()) if args.code and code.exists() else 0)
 """
 
+# an algorithm that waits behind every checkpoint until there is a file, or Ctrl-C
+GATED = """
+import runpy, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from envs import machine
+save = machine.save
+def gated(*words):
+    save(*words)
+    while not Path({gate!r}).exists() and signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        time.sleep(0.1)
+machine.save, sys.argv[0] = gated, "coma.py"
+runpy.run_path({root!r} + "/coma.py", run_name="__main__")
+"""
+BUSY = "Ray gave up starting, this machine is too busy"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of Ray on this machine, with room for a run each."""
+    pytest.importorskip("ray", reason="Ray is missing (requirements-benchmark.txt)")
+    from ray.cluster_utils import Cluster
+
+    # a node that is gone is noticed soon, one that is slow is not taken for it
+    health = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 500}
+    small = {"num_cpus": 1, "object_store_memory": 2**27, "include_log_monitor": False}
+    cluster = Cluster()
+    try:
+        first = {"include_dashboard": False, "no_monitor": True, "_system_config": health}
+        cluster.add_node(**small, **first)
+        cluster.add_node(**small)
+        yield cluster
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        pytest.skip(BUSY)
+    finally:
+        cluster.shutdown()
+
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """A function that calls the runner with `more` on the fake algorithm with `extra`."""
+def bench(tmp_path, monkeypatch, cluster):
+    """A function that calls the runner with `more` on the fake algorithm with `extra`, on the cluster."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
 
-    def call(seeds, *more, extra=()):
+    def call(seeds, *more, extra=(), script=script):
         places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-        command = ["--", "python", str(script), *extra]
-        return run_seeds.main(["--name", "x", "--seeds", seeds, *places, *more, *command])
+        words = ["--name", "x", "--seeds", seeds, "--address", cluster.address, *places, *more]
+        return run_seeds.main([*words, "--", "python", str(script), *extra])
 
     monkeypatch.setattr(run_seeds, "commit", lambda: {"commit": "abc", "dirty": False})
     call.tmp_path = tmp_path
-    return call
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if run_seeds.ray.is_initialized():
+        run_seeds.ray.shutdown()
+
+
+def processes_of(session):
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(path.name)) == session:
+                yield path.name
+
+
+def wait_for(condition):
+    """For what another process does, some minutes at most."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
 
 
 def test_parse_seeds():
@@ -73,7 +146,7 @@ def test_summary_by_hand():
         "eval/episodic_return": [steps, [float(step) for step in steps], steps],
         "charts/train_seconds": [[150, 350, 550], [1.0, 3.0, 9.0], [0, 0, 0]],
     }
-    summary = run_seeds.summarise(curves, start=20.0, metric="eval/win_rate", target=0.90)
+    summary = summarise(curves, start=20.0, metric="eval/win_rate", target=0.90)
     assert summary == {
         "best": 1.0,
         "final": 0.7,
@@ -85,15 +158,15 @@ def test_summary_by_hand():
         "last_fifth_return": 950.0,
         "steps": 1000,
     }
-    never = run_seeds.summarise(curves, 20.0, "eval/win_rate", 1.5)
+    never = summarise(curves, 20.0, "eval/win_rate", 1.5)
     assert never["step_to_target"] is never["wall_seconds_to_target"] is None and never["best"] == 1.0
-    assert set(run_seeds.summarise({}, 0.0, "eval/win_rate", 0.9).values()) == {None}
+    assert set(summarise({}, 0.0, "eval/win_rate", 0.9).values()) == {None}
 
 
 def test_thin_keeps_means_and_ends():
-    steps, values = run_seeds.thin(list(range(1, 11)), [float(x) for x in range(1, 11)], max_points=4)
+    steps, values = thin(list(range(1, 11)), [float(x) for x in range(1, 11)], max_points=4)
     assert steps == [3, 6, 9, 10] and values == [2.0, 5.0, 8.0, 10.0]
-    assert run_seeds.thin([1, 2], [5.0, 6.0], max_points=2) == ([1, 2], [5.0, 6.0])
+    assert thin([1, 2], [5.0, 6.0], max_points=2) == ([1, 2], [5.0, 6.0])
 
 
 def test_runs_and_collects(bench, capfd):
@@ -119,10 +192,11 @@ def test_runs_and_collects(bench, capfd):
     assert [row["final"] for row in rows] == ["0.5", "1.0", "1.5"] and rows[0]["step_to_target"] == ""
     log = (bench.tmp_path / "runs" / "x" / "seed_2" / "log.txt").read_text()
     assert "--seed 2" in log and "threads 1" in log
+    assert f"in {common.ROOT}" not in log  # but in a folder of the cluster, to which the code was sent
 
 
 def test_relative_runs_are_below_the_current_folder(bench, monkeypatch):
-    """The children run in another folder, the repository."""
+    """The runs are in another folder, that of the repository."""
     monkeypatch.chdir(bench.tmp_path)
     assert bench("1", "--runs", "here") == 0
     assert next(bench.tmp_path.glob("here/x/seed_1/mmm__x__1__0/events.*"))
@@ -143,7 +217,7 @@ def test_finished_runs_are_not_repeated(bench, capfd):
     assert done.stat().st_mtime_ns == before
     assert "1 of 2 seeds are already finished" in capfd.readouterr().out
     with pytest.raises(SystemExit, match="another --name"):
-        bench("1-2", extra=["--sleep", "0.01"])
+        bench("1-2", extra=["--scale", "2"])
 
 
 def test_published_results_are_not_replaced(bench, capfd):
@@ -152,7 +226,7 @@ def test_published_results_are_not_replaced(bench, capfd):
     results = [bench.tmp_path / "results" / f"x.{kind}" for kind in ("json", "csv")]
     before, clone = [file.read_bytes() for file in results], ["--runs", str(bench.tmp_path / "clone")]
     with pytest.raises(SystemExit, match=r"x.json is of '.*fake.py'; take another --name or delete the file"):
-        bench("1-2", *clone, extra=["--sleep", "0"])
+        bench("1-2", *clone, extra=["--scale", "1"])
     with pytest.raises(SystemExit, match=r"has more seeds than --seeds asks for \(1\); .* delete the file"):
         bench("2-3", *clone)
     assert not (bench.tmp_path / "clone").exists() and [file.read_bytes() for file in results] == before
@@ -189,30 +263,98 @@ def test_failed_run_is_kept_and_tried_again(bench, capfd):
     assert (folder.with_name("seed_1.old_1") / "failed.json").exists() and (folder / "done.json").exists()
 
 
-def test_interrupt_stops_the_children(bench):
-    words = [sys.executable, "benchmark/run_seeds.py", "--name", "x", "--seeds", "1-2", "--workers", "2"]
-    words += ["--runs", str(bench.tmp_path / "runs"), "--results", str(bench.tmp_path / "results")]
-    words += ["--", "python", str(bench.tmp_path / "fake.py"), "--sleep", "300"]
+def test_a_killed_machines_run_goes_on_elsewhere(bench, cluster):
+    gate = bench.tmp_path / "gate"
+    *_, second = cluster.worker_nodes
+
+    def kill():
+        wait_for(lambda: len([*bench.tmp_path.glob("runs/x/seed_*/*/model.pt")]) == 2)  # one on each machine
+        pids = [path.read_text().split()[-3] for path in bench.tmp_path.glob("runs/x/seed_*/log.txt")]
+        cluster.remove_node(second, allow_graceful=False)
+        wait_for(lambda: sum(Path("/proc", pid).exists() for pid in pids) == 1)
+        gate.touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert bench("1-2", extra=["--gate", str(gate)]) == 0
+    killer.join()
+    runs = json.loads((bench.tmp_path / "results" / "x.json").read_text())["runs"]
+    assert sorted(run["restarts"] for run in runs) == [0, 1]
+    assert all(run["curves"]["eval/win_rate"]["step"] == [100, 200, 300, 400, 500] for run in runs)
+    lost = next(run["seed"] for run in runs if run["restarts"])
+    log = (bench.tmp_path / "runs" / "x" / f"seed_{lost}" / "log.txt").read_text().splitlines()
+    assert "--resume" not in log[0] and "--resume" in log[2]
+
+
+def test_a_run_that_always_loses_its_worker_fails(bench, monkeypatch, capfd):
+    monkeypatch.setattr(run_seeds, "LOSSES", 2)
+    assert bench("1", extra=["--fatal"]) == 1
+    assert "x, without a result: seed 1 (it lost 2 workers)" in capfd.readouterr().out
+    assert (bench.tmp_path / "runs" / "x" / "seed_1.old_1").exists()  # there was no checkpoint to go on from
+
+
+def test_no_room_and_no_cluster(bench, capfd):
+    with pytest.raises(SystemExit, match="Ray has . cores and 0 GPUs, a run takes 1 and 0.5"):
+        bench("1", "--gpus", "0.5")
+    run_seeds.ray.shutdown()
+    with pytest.raises(SystemExit, match="cannot use Ray at 127.0.0.1:9: .*refused"):
+        bench("1", "--address", "127.0.0.1:9")
+    assert not (bench.tmp_path / "runs").exists()
+
+
+def test_sweep(bench, capfd):
+    name, places = ["--name", "fig/x", "--sweep", "scale=1,2"], bench.tmp_path / "results" / "fig"
+    assert bench("1-2", *name) == 0
+    reports = [json.loads((places / f"x_scale_{scale}.json").read_text()) for scale in (1, 2)]
+    assert [report["command"].split()[-2:] for report in reports] == [["--scale", "1"], ["--scale", "2"]]
+    assert [report["summary"]["best"]["max"] for report in reports] == [1.0, 2.0]
+    text = (places / "x_sweep.md").read_text()
+    assert "| scale | seeds | best |" in text and "| 2 | 2 | 1.5 (1 to 2) |" in text
+    assert text.splitlines()[-1] in capfd.readouterr().out
+    assert next(bench.tmp_path.glob("runs/fig/x_scale_2/seed_1/mmm__x_scale_2__1__0"))
+    assert bench("1", *name, "--sweep", "code=a,b", "--collect-only") == 1  # four sets, none of them finished
+
+
+def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
+    """Ctrl-C on this machine, with Ray started here; then the same command on the cluster."""
+    monkeypatch.undo()  # the same commit in both
+    script, gate, runs = (bench.tmp_path / name for name in ("gated.py", "gate", "runs"))
+    script.write_text(GATED.format(root=str(common.ROOT), gate=str(gate)))
+    command = f"python {script} --env cdm --total-timesteps 120 --save-every 40 --eval-every 40".split()
+    words = [sys.executable, "benchmark/run_seeds.py", "--name", "x", "--seeds", "1-2", "--runs", str(runs)]
     process = subprocess.Popen(
-        words, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*words, "--", *command], cwd=common.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    logs = [bench.tmp_path / "runs" / "x" / f"seed_{seed}" / "log.txt" for seed in (1, 2)]
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not all(
-        log.exists() and "threads" in log.read_text() for log in logs
-    ):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)  # children that outlive it would keep sleeping
-    assert process.returncode == 130 and "stopping 2 runs" in out
-    assert all("KeyboardInterrupt" in log.read_text() for log in logs)
-    assert not any((log.parent / "done.json").exists() for log in logs)
+    try:
+        wait_for(lambda: process.poll() is not None or [*runs.glob("x/seed_1/*/model.pt")])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # a terminal tells Ray's processes too
+        out, _ = process.communicate()
+    finally:
+        process.kill()
+    if "timed out during startup" in out:
+        pytest.skip(BUSY)
+    assert process.returncode == 130 and "stopping 1 runs" in out
+    wait_for(lambda: not [*processes_of(process.pid)])
+    folder, log = runs / "x" / "seed_1", runs / "x" / "seed_1" / "log.txt"
+    assert "model.pt of step 40" in log.read_text() and not (runs / "x" / "seed_2").exists()
+    assert {path.name for path in folder.glob("*.json")} == {"started.json"}
+    gate.touch()
+    assert bench("1-2", extra=command[2:], script=script) == 0
+    assert "resumed at step 40" in log.read_text()
+    report = json.loads((bench.tmp_path / "results" / "x.json").read_text())
+    assert [(run["seed"], run["restarts"], run["summary"]["steps"]) for run in report["runs"]] == [
+        (1, 1, 120),
+        (2, 0, 120),
+    ]
 
 
 def test_command_line_errors(capsys):
     for words, message in (
         (["--name", "x", "--seeds", "1"], "command to repeat is missing"),
-        (["--name", "a/b", "--seeds", "1", "--", "true"], "--name may have"),
+        (["--name", "a/b/c", "--seeds", "1", "--", "true"], "--name may have"),
+        (["--name", "../x", "--seeds", "1", "--", "true"], "--name may have"),
+        (["--name", "x", "--seeds", "1", "--sweep", "lr", "--", "true"], "is no flag with values"),
         (["--name", "x", "--seeds", "one", "--", "true"], "is no list of seeds"),
         (["--name", "x", "--seeds", "1", "--workers", "0", "--", "true"], "must be at least 1"),
         (["--name", "x", "--seeds", "1", "--", "coma.py"], "Python files need 'python' before them"),
