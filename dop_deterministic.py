@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from envs import Stream, evaluate, machine, make
+import machine
+from envs import Stream, evaluate, make
 
 
 # ---- settings ----

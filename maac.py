@@ -1,7 +1,7 @@
 """MAAC: soft actor-critic for teams, whose critics attend to the other agents.
 
-Every agent's critic sees what the agent sees and, of the others, what its attention picks; the attention's
-weights are shared. It values all own actions at once: their mean under the policy is the policy's baseline.
+Every agent's critic sees what the agent sees and what its attention, shared by all, picks of the others. It
+values all own actions at once: their mean under the policy is the policy's baseline.
 [MAAC] Iqbal and Sha, "Actor-Attention-Critic for Multi-Agent Reinforcement Learning", ICML 2019.
 
     python maac.py --env mill
@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from envs import Stream, evaluate, machine, make
+import machine
+from envs import Stream, evaluate, make
 
 
 # ---- settings ----
@@ -82,9 +83,8 @@ class Args:
 MPE = dict(num_envs=32, tau=0.05, batch_size=256, buffer_size=250_000, warmup_steps=5_000, update_every=32)
 # environment id -> what differs from the defaults
 PRESETS = {
-    "aggregation": MPE | dict(
-        total_timesteps=500_000, eval_every=20_000, log_every=5_000, warmup_steps=100_000, policy_delay=2,
-    ),
+    "aggregation": MPE | dict(total_timesteps=500_000, eval_every=20_000, log_every=5_000)
+    | dict(warmup_steps=100_000, policy_delay=2),
     "mill": MPE | dict(total_timesteps=60_000, policy_delay=2),
     # discount and speed of the policies as for maddpg.py: those of the official code diverge here
     "spread": MPE | dict(total_timesteps=500_000, eval_every=20_000, gamma=0.95, actor_lr=1e-4),

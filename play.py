@@ -15,7 +15,8 @@ from typing import Literal
 
 import tyro
 
-from envs import evaluate, machine, make, settings_for
+import machine
+from envs import evaluate, make, settings_for
 
 
 @dataclass

@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import machine
 from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
 from benchmark.scripted import TEAMS, Layout, actions_of
-from envs import machine, make
+from envs import make
 
 LIMIT = 3.0  # standard errors within which both engines count as equal
 FEWEST = 0.01  # life that makes a hit

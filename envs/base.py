@@ -1,13 +1,16 @@
 """The one environment contract of this repository: a batch of games on one device, stepped together."""
 
+import contextlib
+import os
+import re
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-
-from envs.machine import Stream
 
 NO_LIMIT = 1_000_000  # the `episode_limit` of games that tell none: they end by themselves, if at all
 
@@ -17,6 +20,39 @@ def require_whole(low=1, **values):
     for name, value in values.items():
         if type(value) is not int or value < low:  # isinstance() would let True pass as 1
             raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
+
+
+def free_memory():
+    """Bytes that this process may still take: of the machine, and of the container where there is one."""
+    free = []
+    with contextlib.suppress(OSError, ValueError):
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, AttributeError):
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        free.append(1024 * int(available[1]))
+    groups = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit, which reads "max"
+            statistics = (groups / limit).with_name("memory.stat").read_text()
+            cached = sum(
+                int(x) for x in re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.M)[-1:]
+            )
+            free.append(int((groups / limit).read_text()) - int((groups / used).read_text()) + cached)
+    return max(0, min(free, default=2**62))
+
+
+class Stream(torch.Generator):
+    """A random stream that is saved and restored as networks are."""
+
+    def state_dict(self):
+        return {"state": self.get_state()}
+
+    def load_state_dict(self, state):
+        if state["state"].shape == self.get_state().shape:  # else it comes from another kind of device
+            self.set_state(state["state"].cpu())
 
 
 class VecEnv(gymnasium.vector.VectorEnv):

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 import warp as wp
 
-from envs.base import require_whole
-from envs.machine import free_memory
+from envs.base import free_memory, require_whole
 from envs.smac import _DATA, DEATH_VALUE, FIRST_TARGET, UNIT, WIN_VALUE, Smac, _view, play, restart
 from envs.smac_sim import Kind, World
 

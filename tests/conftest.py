@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import envs
+import machine
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
 
@@ -39,7 +40,7 @@ def parse(program, monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *flags])
         module = programs.MODULES[program]
-        return envs.machine.parse_args(module.Args, module.PRESETS, module.FIXED, module.__doc__)
+        return machine.parse_args(module.Args, module.PRESETS, module.FIXED, module.__doc__)
 
     return parse
 

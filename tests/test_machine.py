@@ -11,7 +11,8 @@ import pytest
 import torch
 from programs import LOW, Aim, Toy, same
 
-from envs import Stream, evaluate, machine, make
+import machine
+from envs import Stream, evaluate, make
 from envs.base import NO_LIMIT
 from envs.evaluation import STEPS
 
@@ -39,7 +40,7 @@ def test_an_empty_run_dir_is_the_current_folder(tmp_path, monkeypatch):
 
 def test_a_folder_has_one_writer(tmp_path):
     folder = machine.open_folder(SETTINGS | {"run_dir": str(tmp_path)})
-    other = f"from envs import machine; machine.open_folder({SETTINGS | {'resume': str(folder)}!r})"
+    other = f"import machine; machine.open_folder({SETTINGS | {'resume': str(folder)}!r})"
     process = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
     assert process.returncode == 1 and f"another process is writing to {folder}" in process.stderr
 

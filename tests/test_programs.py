@@ -14,6 +14,7 @@ import torch
 from programs import EPISODE, MODULES, SMALL, STEP, Aim, checkpoint, same, scalars, toy_of
 
 import envs
+import machine
 
 PROGRAMS = (*EPISODE, *STEP)
 TINY = {
@@ -350,7 +351,7 @@ def test_a_run_without_any_update_says_so_at_both_ends(run, program):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_replay_that_does_not_fit_is_refused_at_the_start(run, program, monkeypatch):
     flag = {"dop_stochastic": "--off-policy-size", "coma": "--batch-size"}.get(program, "--buffer-size")
-    monkeypatch.setattr(envs.machine, "free_memory", lambda: 2**20)
+    monkeypatch.setattr(machine, "free_memory", lambda: 2**20)
     code, _, _ = run(flag, "100000")
     assert re.match(rf"{program}.py: this needs [\d.]+ GiB .* 0.0 GiB are free; lower {flag}", code)
 

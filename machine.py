@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from envs import free_memory, settings_for
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -50,17 +52,6 @@ def set_up():
 def seeds(seed, n):
     """n numbers from one, for random streams of their own; 31 bits, as some games take no more."""
     return (np.random.SeedSequence(seed).generate_state(n) // 2).tolist()
-
-
-class Stream(torch.Generator):
-    """A random stream that is saved and restored as networks are."""
-
-    def state_dict(self):
-        return {"state": self.get_state()}
-
-    def load_state_dict(self, state):
-        if state["state"].shape == self.get_state().shape:  # else it comes from another kind of device
-            self.set_state(state["state"].cpu())
 
 
 # ---- run folders ----
@@ -142,12 +133,6 @@ def load(folder, parts, progress, device):
 
 
 # ---- settings ----
-def settings_for(env_id):
-    """What a program's settings should be, by name, where an environment bears less than their defaults."""
-    clients = env_id.strip().lower().startswith("sc2:")  # of a gigabyte each
-    return dict(num_envs=8, eval_episodes=16) if clients else {}
-
-
 def parse_args(Args, presets, fixed, description):
     """The program's settings: flags over `presets` over defaults, or over the settings of a run to resume.
 
@@ -272,28 +257,6 @@ def require_memory(n_bytes, device, advice):
     if n_bytes > free:
         sizes = f"{n_bytes / 2**30:.1f} GiB of memory on {device}, where {free / 2**30:.1f} GiB are free"
         fail(f"this needs {sizes}; {advice}")
-
-
-def free_memory():
-    """Bytes that this process may still take: of the machine, and of the container where there is one."""
-    free = []
-    with contextlib.suppress(OSError, ValueError):
-        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError, AttributeError):
-        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        free.append(1024 * int(available[1]))
-    groups = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit, which reads "max"
-            statistics = (groups / limit).with_name("memory.stat").read_text()
-            cached = sum(
-                int(x) for x in re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.M)[-1:]
-            )
-            free.append(int((groups / limit).read_text()) - int((groups / used).read_text()) + cached)
-    return max(0, min(free, default=2**62))
 
 
 def catch_signals():
