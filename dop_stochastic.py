@@ -24,7 +24,8 @@ Without either also, to win in less time (docs/dop_stochastic.md):
 6. the local critics share their two layers and keep a head each, instead of a network each;
 7. their last layer starts at zero and the actor waits for `critic_warmup` iterations, because RMSprop, which
    normalises gradients, would let the noise of an unlearnt critic drive the policies at full speed;
-8. epsilon falls from 0.5 within 50,000 steps, not from 1.0 within 500,000.
+8. epsilon falls from 0.5 within 50,000 steps, not from 1.0 within 500,000;
+9. the actor's loss has a bonus for the policies' entropy, without which they saturate within 50,000 steps.
 """
 
 import copy
@@ -83,6 +84,7 @@ class Args:
     actor_gradient: Literal["expected", "sampled"] = "expected"
     # what the actor's loss is a mean over: steps (a sum over agents, Eq. 9), or both (official code)
     actor_loss_mean: Literal["steps", "agents"] = "steps"
+    entropy_coef: float = 0.1  # weight of the policies' mean entropy in the actor's loss (0 in [DOP])
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
     epsilon_end: float = 0.05  # the same after the decay (Appendix G.1 of [DOP])
@@ -109,18 +111,19 @@ class Args:
 # setting or environment id -> what differs from the defaults
 PRESETS = {
     "paper": dict(
-        num_envs=4, critic_lr=1e-4, actor_gradient="sampled", separate_critics=True, epsilon_start=1.0,
-        epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8, total_timesteps=2_000_000,
+        num_envs=4, critic_lr=1e-4, actor_gradient="sampled", entropy_coef=0.0, separate_critics=True,
+        epsilon_start=1.0, epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8,
+        total_timesteps=2_000_000,
     ),
     # the authors' code: 16 + 32 episodes in one mean, hence kappa, and a target every 600 critic steps
     "official": dict(
         num_envs=4, critic_lr=1e-4, kappa=0.67, actor_gradient="sampled", actor_loss_mean="agents",
-        separate_critics=True, epsilon_steps=500_000, critic_updates=0, critic_warmup=0, target_period=10,
-        total_timesteps=2_000_000,
+        entropy_coef=0.0, separate_critics=True, epsilon_steps=500_000, critic_updates=0, critic_warmup=0,
+        target_period=10, total_timesteps=2_000_000,
     ),
     "cdm": dict(
-        num_envs=4, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000, eval_every=500,
-        eval_episodes=1, log_every=100,
+        num_envs=4, entropy_coef=0.0, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000,
+        eval_every=500, eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
@@ -401,15 +404,18 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
     on, off = Batch(*(x[:n] for x in batch)), Batch(*(x[n:] for x in batch))
     mask, actions = batch.mask, batch.actions.unsqueeze(-1)  # (B, T), (B, T, N, 1)
     n_steps, n_on = sum(batch.length), sum(on.length)
+    on_valid = on.mask.nonzero_static(size=n_on).unbind(1)  # (M,), (M,)
 
     # actor; its forward pass also serves the on-policy targets
     pi = policy(actor, on, epsilon)  # (n, T + 1, N, A)
+    entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:, :-1][on_valid].mean()  # of steps and agents
     if train_actor:
         q_values, k, _ = evaluate_steps(critic, on.state[:, :-1], on.mask, n_on)
         if args.actor_gradient == "expected":
             actor_loss = expected_policy_gradient_loss(k, q_values, pi[:, :-1], on.mask)
         else:
             actor_loss = sampled_policy_gradient_loss(k, q_values, pi[:, :-1], on.actions, on.mask)
+        actor_loss = actor_loss - args.entropy_coef * entropy
         if args.actor_loss_mean == "agents":
             actor_loss = actor_loss / actions.shape[2]
         logs = dict(actor_loss=actor_loss.detach(), grad_norm_actor=descend(optimizers[0], actor_loss, 20.0))
@@ -418,7 +424,6 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
     with torch.no_grad():
         # of the policies before the actor's step on-policy, after it off-policy: one pass each is enough
         pi = torch.cat([pi, policy(actor, off, epsilon)])  # (B, T + 1, N, A)
-        entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:n, :-1]  # (n, T, N)
         seen = F.pad(mask, (1, 0), value=True)  # (B, T + 1)
         q_values, k, b = evaluate_steps(critic_target, batch.state, seen, n_steps + len(mask))
         q_taken = q_values[:, :-1].gather(-1, actions).squeeze(-1)  # (B, T, N)
@@ -456,7 +461,7 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
         grad_norm = descend(optimizers[1], critic_loss, 20.0)  # official code
         steps.append(torch.stack([critic_loss.detach(), grad_norm, q_tot.detach().mean()]))
     logs["critic_loss"], logs["grad_norm_critic"], logs["q_taken"] = torch.stack(steps).mean(0)
-    return logs | {"td_target": batch[2].mean(), "entropy": entropy[valid[0][:n_on], valid[1][:n_on]].mean()}
+    return logs | {"td_target": batch[2].mean(), "entropy": entropy.detach()}
 
 
 # ---- logging ----
