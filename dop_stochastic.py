@@ -113,18 +113,18 @@ class Args:
 PRESETS = {
     "paper": dict(
         num_envs=4, actor_lr=5e-4, critic_lr=1e-4, actor_gradient="sampled", entropy_coef=0.0,
-        separate_critics=True, epsilon_start=1.0, epsilon_steps=500_000, critic_updates=1, critic_warmup=0, target_period=8,
-        total_timesteps=2_000_000,
+        separate_critics=True, epsilon_start=1.0, epsilon_steps=500_000, critic_updates=1, critic_warmup=0,
+        target_period=8, total_timesteps=2_000_000,
     ),
     # the authors' code: 16 + 32 episodes in one mean, hence kappa, and a target every 600 critic steps
     "official": dict(
-        num_envs=4, actor_lr=5e-4, critic_lr=1e-4, kappa=0.67, actor_gradient="sampled", actor_loss_mean="agents",
-        entropy_coef=0.0, separate_critics=True, epsilon_steps=500_000, critic_updates=0, critic_warmup=0,
-        target_period=10, total_timesteps=2_000_000,
+        num_envs=4, actor_lr=5e-4, critic_lr=1e-4, kappa=0.67, actor_gradient="sampled",
+        actor_loss_mean="agents", entropy_coef=0.0, separate_critics=True, epsilon_steps=500_000,
+        critic_updates=0, critic_warmup=0, target_period=10, total_timesteps=2_000_000,
     ),
     "cdm": dict(
-        num_envs=4, actor_lr=5e-4, entropy_coef=0.0, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000,
-        eval_every=500, eval_episodes=1, log_every=100,
+        num_envs=4, actor_lr=5e-4, entropy_coef=0.0, critic_updates=1, total_timesteps=10_000,
+        epsilon_steps=5_000, eval_every=500, eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip
 # of numbers, where an integer may be less than 1 or another number may leave 0 to 1
