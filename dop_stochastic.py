@@ -70,8 +70,8 @@ class Args:
     kappa: float = 0.5  # weight of the off-policy loss in Eq. 6 (Appendix G.1 of [DOP])
     # E_pi[Q_tot] by Eq. 5, from sampled joint actions, or on-policy loss only (section 5.1.1 of [DOP])
     tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"
-    actor_gradient: Literal["expected", "sampled"] = "expected"  # of Eq. 9: exact over own actions, or sampled
-    actor_loss_mean: Literal["steps", "agents"] = "steps"  # mean over steps, or over agents too (official code)
+    actor_gradient: Literal["expected", "sampled"] = "expected"  # of Eq. 9: over all own actions, or one
+    actor_loss_mean: Literal["steps", "agents"] = "steps"  # mean over steps, or agents too (official code)
     entropy_coef: float = 0.05  # weight of the policies' mean entropy in the actor's loss (0 in [DOP])
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
