@@ -274,7 +274,7 @@ def receive(stream, folder, about):
     try:
         facts, files = ray.get(next(stream))
     except (StopIteration, ray.exceptions.RayError) as error:
-        return {"lost": type(error).__name__}
+        return {"lost": repr(getattr(error, "cause", None) or type(error).__name__)}
     put(folder, files)
     about |= facts | about  # where it goes on, its first start counts
     return facts
@@ -306,7 +306,7 @@ def run_all(args, sets):
                 del running[stream]
             if "lost" in facts and not stop:
                 lost[folder] += 1
-                print(f"{one.name}, seed {seed}: lost its worker ({facts['lost']})", flush=True)
+                print(f"{one.name}, seed {seed}: lost its worker: {facts['lost']}", flush=True)
                 if lost[folder] < LOSSES:
                     running |= submit(one, seed, workers)
                 else:
