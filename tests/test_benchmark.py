@@ -130,11 +130,12 @@ def bench(tmp_path, monkeypatch, cluster):
         run_seeds.ray.shutdown()
 
 
-def processes_of(session):
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(int(path.name)) == session:
-                yield path.name
+def processes(mark):
+    """Those with a text in their environment, which children inherit."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                yield path.parent.name
 
 
 def wait_for(condition):
@@ -336,9 +337,9 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     script.write_text(GATED.format(root=str(common.ROOT), gate=str(gate)))
     command = f"python {script} --env cdm --total-timesteps 120 --save-every 40 --eval-every 40".split()
     words = [sys.executable, "benchmark/run_seeds.py", "--name", "x", "--seeds", "1-2", "--runs", str(runs)]
-    process = subprocess.Popen(
-        [*words, "--", *command], cwd=common.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = os.environ | {"MARK": str(bench.tmp_path)}
+    process = subprocess.Popen([*words, "--", *command], cwd=common.ROOT, env=env, process_group=0, **pipes)
     try:
         wait_for(lambda: process.poll() is not None or [*runs.glob("x/seed_1/*/model.pt")])
         with contextlib.suppress(ProcessLookupError):
@@ -349,7 +350,7 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     if "timed out during startup" in out:
         pytest.skip(BUSY)
     assert process.returncode == 130 and "stopping 1 runs" in out
-    wait_for(lambda: not [*processes_of(process.pid)])
+    wait_for(lambda: not [*processes(f"MARK={bench.tmp_path}")])
     folder, log = runs / "x" / "seed_1", runs / "x" / "seed_1" / "log.txt"
     assert "model.pt of step 40" in log.read_text() and not (runs / "x" / "seed_2").exists()
     assert {path.name for path in folder.glob("*.json")} == {"started.json"}
@@ -363,7 +364,8 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     ]
 
 
-def test_command_line_errors(capsys):
+def test_command_line_errors(monkeypatch, capsys):
+    monkeypatch.setattr(run_seeds, "ray", None)
     for words, message in (
         (["--name", "x", "--seeds", "1"], "command to repeat is missing"),
         (["--name", "a/b/c", "--seeds", "1", "--", "true"], "--name may have"),
@@ -373,6 +375,7 @@ def test_command_line_errors(capsys):
         (["--name", "x", "--seeds", "1", "--workers", "0", "--", "true"], "must be at least 1"),
         (["--name", "x", "--seeds", "1", "--", "coma.py"], "Python files need 'python' before them"),
         (["--name", "x", "--seeds", "1", "--", "./coma.py"], "'./coma.py' is no program"),
+        (["--name", "x", "--seeds", "1", "--", "true"], "-m pip install -r requirements-benchmark.txt"),
     ):
         with pytest.raises(SystemExit) as error:
             run_seeds.main(words)
