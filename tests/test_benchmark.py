@@ -52,7 +52,7 @@ args = parser.parse_args()
 folder = args.resume or pathlib.Path(args.run_dir) / f"mmm__{args.exp_name}__{args.seed}__0"
 writer = EventFileWriter(str(folder))
 (folder / "args.json").write_text(json.dumps({"env": "mmm", "seed": args.seed}))
-print("threads", os.environ["OMP_NUM_THREADS"], "pid", os.getpid(), "in", os.getcwd(), flush=True)
+print("threads", os.environ["OMP_NUM_THREADS"], "in", os.getcwd(), flush=True)
 for step in range(4 if args.resume else 1, 6):
     for tag, value in (("eval/win_rate", args.scale * args.seed * step / 10), ("losses/critic_loss", 1.0)):
         summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)])
@@ -65,6 +65,7 @@ for step in range(4 if args.resume else 1, 6):
 writer.close()
 if args.fatal:
     os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
 code = pathlib.Path(args.code)
 sys.exit(int(code.read_text()) if args.code and code.exists() else 0)
 """
@@ -130,12 +131,12 @@ def bench(tmp_path, monkeypatch, cluster):
         run_seeds.ray.shutdown()
 
 
-def processes(mark):
-    """Those with a text in their environment, which children inherit."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def processes(text):
+    """Those with a text in their command or their environment, which children inherit."""
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in path.read_bytes():
-                yield path.parent.name
+            if text.encode() in (path / "cmdline").read_bytes() + (path / "environ").read_bytes():
+                yield path.name
 
 
 def wait_for(condition):
@@ -284,9 +285,8 @@ def test_a_killed_machines_run_goes_on_elsewhere(bench, cluster):
 
     def kill():
         wait_for(lambda: len([*bench.tmp_path.glob("runs/x/seed_*/*/model.pt")]) == 2)  # one on each machine
-        pids = [path.read_text().split()[-3] for path in bench.tmp_path.glob("runs/x/seed_*/log.txt")]
         cluster.remove_node(second, allow_graceful=False)
-        wait_for(lambda: sum(Path("/proc", pid).exists() for pid in pids) == 1)
+        wait_for(lambda: len([*processes(f"{bench.tmp_path}/fake.py")]) == 1)
         gate.touch()
 
     killer = threading.Thread(target=kill)
@@ -306,6 +306,7 @@ def test_a_run_that_always_loses_its_worker_fails(bench, monkeypatch, capfd):
     assert bench("1", extra=["--fatal"]) == 1
     assert "x, without a result: seed 1 (it lost 2 workers)" in capfd.readouterr().out
     assert (bench.tmp_path / "runs" / "x" / "seed_1.old_1").exists()  # there was no checkpoint to go on from
+    wait_for(lambda: not [*processes(f"{bench.tmp_path}/fake.py")])
 
 
 def test_no_room_and_no_cluster(bench, capfd):
