@@ -1,4 +1,4 @@
-"""Repeat one command over seeds as tasks of Ray, and collect its curves in small files.
+"""Repeat one command over seeds on Ray, and collect its curves in small files.
 
     python benchmark/run_seeds.py --name fig3/dop_mmm --seeds 1-8 --workers 2 -- python dop_stochastic.py
 
@@ -42,7 +42,7 @@ TAGS = "eval/* charts/episodic_return charts/episodic_length charts/win_rate cha
 TAGS += "losses/entropy losses/grad_norm_actor".split()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PYTHON = ("python", "python3")  # in a command, the interpreter that runs this script
-LOSSES = 5  # machines that a seed may lose before it counts as failed
+LOSSES = 5  # workers or their machines that a seed may lose before it counts as failed
 
 
 def parse_args(argv=None):
@@ -259,13 +259,14 @@ def settle(args, folder, about):
     """Print how a run is and put it down: started.json, at its end done.json or failed.json instead."""
     code, state = about.get("exit_code"), "goes on" if about["restarts"] else "started"
     state += f", log in {folder}/log.txt"
-    started = folder / "started.json"
     if code is not None:
         about["wall_seconds"] = round(about.pop("end") - about["start"], 1)
         state = f"{f'FAILED with exit code {code}' if code else 'finished'} after {about['wall_seconds']} s"
     put(folder, {"started.json": (json.dumps(about, indent=2) + "\n").encode()})
     if code is not None:
-        started.rename(folder / ("failed.json" if code else "done.json"))
+        (folder / "started.json").rename(folder / ("failed.json" if code else "done.json"))
+    if code:
+        args.failed[about["seed"]] = code
     print(f"{args.name}, seed {about['seed']}: {state}", flush=True)
 
 
@@ -274,7 +275,8 @@ def receive(stream, folder, about):
     try:
         facts, files = ray.get(next(stream))
     except (StopIteration, ray.exceptions.RayError) as error:
-        return {"lost": type(error).__name__}
+        of_run = isinstance(error, ray.exceptions.RayTaskError)  # not of its machine
+        return {"lost": f"{error.cause!r}" if of_run else type(error).__name__}
     put(folder, files)
     about |= facts | about  # where it goes on, its first start counts
     return facts
@@ -290,8 +292,8 @@ def run_all(args, sets):
         running |= submit(one, seed, workers)
     stop = machine.catch_signals()
     while running:
-        if stop == [130]:
-            stop.append("told the runs")
+        if stop and stop[-1] == 130:
+            stop.append("the runs know")
             print(f"stopping {len(begun)} runs, which save; the same command goes on with them", flush=True)
             for stream, (run, *_) in running.items():
                 run.interrupt.remote() if stream in begun else ray.kill(run)
@@ -300,21 +302,22 @@ def run_all(args, sets):
             facts = receive(stream, folder, about)
             if "start" in facts:
                 begun.add(stream)
-            elif facts.keys() & {"exit_code", "lost"}:
+                settle(one, folder, about)
+            elif facts:
                 ray.kill(run)
                 begun.discard(stream)
                 del running[stream]
-            if "lost" in facts and not stop:
+                if stop and facts.get("exit_code") != 0:
+                    continue  # it goes on another time
+                if "exit_code" in facts:
+                    settle(one, folder, about)
+                    continue
                 lost[folder] += 1
-                print(f"{one.name}, seed {seed}: lost its worker ({facts['lost']})", flush=True)
+                print(f"{one.name}, seed {seed}: lost its worker: {facts['lost']}", flush=True)
                 if lost[folder] < LOSSES:
                     running |= submit(one, seed, workers)
                 else:
                     one.failed[seed] = f"it lost {LOSSES} workers"
-            elif "start" in facts or "exit_code" in facts and not (stop and facts["exit_code"]):
-                settle(one, folder, about)
-                if facts.get("exit_code"):
-                    one.failed[seed] = facts["exit_code"]
     ray.shutdown()
     if stop:
         sys.exit(130)
@@ -332,10 +335,8 @@ def tabulate(args, sets, reports):
     table = markdown_table([*(flag for flag, _ in one.cell), "seeds", *figures], rows)
     command = shlex.join(["python", "benchmark/run_seeds.py", *sys.argv[1:]])
     made = describe(reports[0] | {"command": command})
-    about = (
-        f"Median (minimum to maximum) over seeds. The metric is {args.metric}, its target {args.target:g}."
-    )
-    (args.results / f"{args.name}_sweep.md").write_text(f"# {args.name}\n\n{made}\n\n{about}\n\n{table}")
+    about = f"Median (minimum to maximum) over seeds; the metric is {args.metric}, its target {args.target:g}"
+    (args.results / f"{args.name}_sweep.md").write_text(f"# {args.name}\n\n{made}\n\n{about}.\n\n{table}")
     print(table)
 
 

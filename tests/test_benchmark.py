@@ -38,7 +38,7 @@ args = parser.parse_args()
 folder = args.resume or pathlib.Path(args.run_dir) / f"mmm__{args.exp_name}__{args.seed}__0"
 writer = EventFileWriter(str(folder))
 (folder / "args.json").write_text(json.dumps({"env": "mmm", "seed": args.seed}))
-print("threads", os.environ["OMP_NUM_THREADS"], "pid", os.getpid(), "in", os.getcwd(), flush=True)
+print("threads", os.environ["OMP_NUM_THREADS"], "in", os.getcwd(), flush=True)
 for step in range(4 if args.resume else 1, 6):
     for tag, value in (("eval/win_rate", args.scale * args.seed * step / 10), ("losses/critic_loss", 1.0)):
         summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)])
@@ -51,6 +51,7 @@ for step in range(4 if args.resume else 1, 6):
 writer.close()
 if args.fatal:
     os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
 code = pathlib.Path(args.code)
 sys.exit(int(code.read_text()) if args.code and code.exists() else 0)
 """
@@ -116,10 +117,11 @@ def bench(tmp_path, monkeypatch, cluster):
         run_seeds.ray.shutdown()
 
 
-def processes_of(session):
+def processes(text):
+    """Those with a text in their command or their environment, which children inherit."""
     for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(int(path.name)) == session:
+        with contextlib.suppress(OSError):
+            if text.encode() in (path / "cmdline").read_bytes() + (path / "environ").read_bytes():
                 yield path.name
 
 
@@ -269,9 +271,8 @@ def test_a_killed_machines_run_goes_on_elsewhere(bench, cluster):
 
     def kill():
         wait_for(lambda: len([*bench.tmp_path.glob("runs/x/seed_*/*/model.pt")]) == 2)  # one on each machine
-        pids = [path.read_text().split()[-3] for path in bench.tmp_path.glob("runs/x/seed_*/log.txt")]
         cluster.remove_node(second, allow_graceful=False)
-        wait_for(lambda: sum(Path("/proc", pid).exists() for pid in pids) == 1)
+        wait_for(lambda: len([*processes(f"{bench.tmp_path}/fake.py")]) == 1)
         gate.touch()
 
     killer = threading.Thread(target=kill)
@@ -291,6 +292,7 @@ def test_a_run_that_always_loses_its_worker_fails(bench, monkeypatch, capfd):
     assert bench("1", extra=["--fatal"]) == 1
     assert "x, without a result: seed 1 (it lost 2 workers)" in capfd.readouterr().out
     assert (bench.tmp_path / "runs" / "x" / "seed_1.old_1").exists()  # there was no checkpoint to go on from
+    wait_for(lambda: not [*processes(f"{bench.tmp_path}/fake.py")])
 
 
 def test_no_room_and_no_cluster(bench, capfd):
@@ -322,9 +324,9 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     script.write_text(GATED.format(root=str(common.ROOT), gate=str(gate)))
     command = f"python {script} --env cdm --total-timesteps 120 --save-every 40 --eval-every 40".split()
     words = [sys.executable, "benchmark/run_seeds.py", "--name", "x", "--seeds", "1-2", "--runs", str(runs)]
-    process = subprocess.Popen(
-        [*words, "--", *command], cwd=common.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = os.environ | {"MARK": str(bench.tmp_path)}
+    process = subprocess.Popen([*words, "--", *command], cwd=common.ROOT, env=env, process_group=0, **pipes)
     try:
         wait_for(lambda: process.poll() is not None or [*runs.glob("x/seed_1/*/model.pt")])
         with contextlib.suppress(ProcessLookupError):
@@ -335,7 +337,7 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     if "timed out during startup" in out:
         pytest.skip(BUSY)
     assert process.returncode == 130 and "stopping 1 runs" in out
-    wait_for(lambda: not [*processes_of(process.pid)])
+    wait_for(lambda: not [*processes(f"MARK={bench.tmp_path}")])
     folder, log = runs / "x" / "seed_1", runs / "x" / "seed_1" / "log.txt"
     assert "model.pt of step 40" in log.read_text() and not (runs / "x" / "seed_2").exists()
     assert {path.name for path in folder.glob("*.json")} == {"started.json"}
@@ -349,7 +351,8 @@ def test_interrupted_runs_save_and_go_on(bench, monkeypatch):
     ]
 
 
-def test_command_line_errors(capsys):
+def test_command_line_errors(monkeypatch, capsys):
+    monkeypatch.setattr(run_seeds, "ray", None)
     for words, message in (
         (["--name", "x", "--seeds", "1"], "command to repeat is missing"),
         (["--name", "a/b/c", "--seeds", "1", "--", "true"], "--name may have"),
@@ -359,6 +362,7 @@ def test_command_line_errors(capsys):
         (["--name", "x", "--seeds", "1", "--workers", "0", "--", "true"], "must be at least 1"),
         (["--name", "x", "--seeds", "1", "--", "coma.py"], "Python files need 'python' before them"),
         (["--name", "x", "--seeds", "1", "--", "./coma.py"], "'./coma.py' is no program"),
+        (["--name", "x", "--seeds", "1", "--", "true"], "-m pip install -r requirements-benchmark.txt"),
     ):
         with pytest.raises(SystemExit) as error:
             run_seeds.main(words)
