@@ -349,7 +349,14 @@ def fields(memory):
     return views
 
 
-_POOL = ThreadPoolExecutor(os.cpu_count())  # its threads begin when they are first needed
+@functools.cache
+def threads():
+    """The threads that share large batches on a CPU; they begin when they are first needed."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    # torch's own threads spin for milliseconds after each operation, on the cores that these need, but not
+    # (with libgomp) where there are more of them than cores: so let one of these have some of its own
+    pool.submit(torch.ones(2**20).sum).result()
+    return pool
 
 
 class Smac(VecEnv):
@@ -396,8 +403,8 @@ class Smac(VecEnv):
 
     def _parts(self):
         """First game, end, World and View of each launch: one, or on a CPU one for each thread with work."""
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        parts = max(1, min(threads, self.num_envs // GAMES_PER_THREAD))
+        most = torch.get_num_threads() if self.device.type == "cpu" else 1
+        parts = max(1, min(most, self.num_envs // GAMES_PER_THREAD))
         edges = [self.num_envs * part // parts for part in range(parts + 1)]
         return [(first, end, self.sim.world, self._view) for first, end in pairwise(edges)]
 
@@ -413,7 +420,7 @@ class Smac(VecEnv):
             for command in commands:
                 command.launch(stream)
         else:
-            others = [_POOL.submit(command.launch) for command in commands[1:]]
+            others = [threads().submit(command.launch) for command in commands[1:]]
             commands[0].launch()
             for other in others:
                 other.result()
@@ -431,7 +438,7 @@ class Smac(VecEnv):
     def _observe(self):
         self._launch(self._begin)
         self._games.picture.copy_(self._games.units[0])
-        self._pictured = None
+        self._pictured = (torch.zeros(1, dtype=torch.int64, device=self.device),) * 4
         return self._shown()
 
     def _fight(self):
@@ -470,13 +477,12 @@ class Smac(VecEnv):
         """(H, 640, 3) uint8: game 0 from above as the latest step left it, even if that ended the battle."""
         if self._obs is None:
             raise RuntimeError("call env.reset() before env.render()")
-        units, outcome, length, episode_return = fields(self._games.picture.cpu()), "", 0, 0.0
-        if self._pictured:
-            length, episode_return, won, terminated = (entry[0].item() for entry in self._pictured)
-            outcome = "time out" if length >= self.episode_limit else ""
-            if terminated:
-                tied = not (units.hp > 0).any() and not self._view.is_mmm
-                outcome = "won" if won else "tied" if tied else "lost"
+        units = fields(self._games.picture.cpu())
+        length, episode_return, won, terminated = (entry[0].item() for entry in self._pictured)
+        outcome = "time out" if length >= self.episode_limit else ""
+        if terminated:
+            tied = not (units.hp > 0).any() and not self._view.is_mmm
+            outcome = "won" if won else "tied" if tied else "lost"
         title = f"{self.map_name}   step {length}   return {episode_return:.1f}"
         return _draw(self.sim, units, title, outcome)
 
@@ -487,9 +493,9 @@ def _draw(sim, units, title, outcome):
     from PIL import Image, ImageDraw, ImageFont  # only pictures need Pillow
 
     fine, header = 2, 32  # drawn at twice the size, then shrunk; pixels
-    cells = np.argwhere(sim.walkable).tolist()
-    west, south = min(x for x, _ in cells) - 0.5, min(y for _, y in cells) - 0.5
-    width, height = max(x for x, _ in cells) + 1.5 - west, max(y for _, y in cells) + 1.5 - south  # tiles
+    cells = np.argwhere(sim.walkable)  # (K, 2)
+    west, south = cells.min(0) - 0.5
+    width, height = cells.max(0) - cells.min(0) + 2.0  # tiles
     tile = fine * 640 / width
     size = (fine * 640, fine * 2 * round((header + 640 * height / width) / 2))  # even, for video codecs
     image = Image.new("RGB", size, (38, 40, 44))
@@ -501,16 +507,16 @@ def _draw(sim, units, title, outcome):
     def box(x, y, half):
         return [*at(x - half, y + half), *at(x + half, y - half)]
 
-    for x, y in cells:
+    for x, y in cells.tolist():
         draw.rectangle(box(x + 0.5, y + 0.5, 0.5), fill=(92, 96, 88) if (x + y) % 2 else (88, 92, 84))
     kinds = {name: torch.tensor(sim.kinds[name]) for name in ("hp_max", "shield_max", "period", "radius")}
     life, shield = (units.hp / kinds["hp_max"]).tolist(), (units.shield / kinds["shield_max"]).tolist()
     shot = (units.cooldown > kinds["period"] - LOOPS_PER_STEP).tolist()  # within this step
-    radius = kinds["radius"].tolist()
-    spots = list(zip(units.x.tolist(), units.y.tolist(), radius, sim.types, strict=True))
+    spots, size_of = torch.stack([units.x, units.y], 1).tolist(), kinds["radius"].tolist()
+    sides = [(64, 128, 245) if i < sim.n_agents else (228, 66, 56) for i in range(sim.n_units)]
     tall = ("medivac", "colossus")
-    for i in sorted(range(len(spots)), key=lambda i: (life[i] > 0, sim.types[i] in tall, -spots[i][1])):
-        (x, y, radius, name), side = spots[i], (64, 128, 245) if i < sim.n_agents else (228, 66, 56)
+    for i in sorted(range(sim.n_units), key=lambda i: (life[i] > 0, sim.types[i] in tall, -spots[i][1])):
+        (x, y), radius, name, side = spots[i], size_of[i], sim.types[i], sides[i]
         if life[i] <= 0:
             left, top, right, bottom = box(x, y, 0.6 * radius)
             draw.line([left, top, right, bottom], (*side, 80), 2 * fine)
@@ -532,8 +538,8 @@ def _draw(sim, units, title, outcome):
         heals = sim.types[i] == "medivac"
         if life[i] > 0 and j >= 0 and (shot[i] or heals):
             colour = (80, 255, 120) if heals else (255, 236, 120) if i < sim.n_agents else (255, 160, 90)
-            draw.line([*at(*spots[i][:2]), *at(*spots[j][:2])], (*colour, 210), 3 * fine // 2)
-            draw.ellipse(box(*spots[j][:2], 0.09), fill=colour)
+            draw.line([*at(*spots[i]), *at(*spots[j])], (*colour, 210), 3 * fine // 2)
+            draw.ellipse(box(*spots[j], 0.09), fill=colour)
 
     draw.rectangle([0, 0, size[0], fine * header], fill=(24, 25, 28))
     font, middle, margin = ImageFont.load_default(15 * fine), fine * header / 2, 10 * fine

@@ -1,9 +1,8 @@
 """Embedded engine for SMAC: the rules of its battles, for one unit of one game, as NVIDIA Warp functions.
 
-It plays the battles of SMAC's 23 maps with the numbers of the game's own data files (`smac_units.json`: the
-Liberty base values that the maps load; `smac_maps.json`: terrain, spawns and orders from the map archives).
-It is a simulator of SMAC's battles, not StarCraft II: docs/envs.md lists every rule with its value, its
-source and whether it was read or is our choice.
+It is a simulator of SMAC's battles, not StarCraft II, with the numbers of the game's own data files
+(`smac_units.json`) and of the map archives (`smac_maps.json`): docs/envs.md lists every rule with its value,
+its source and whether it was read or is our choice.
 
 An env step is eight game loops of 1/16 s, and a game loop has two phases. Within a phase the order of the
 units does not matter, so a GPU plays all of them at once and a CPU one after the other, from the same source:
@@ -451,8 +450,7 @@ class BattleSim:
     """A map as the rules above need it: its `world` on a device, and `fresh` (U,), the units as they begin.
 
     `kinds` (U,) and `pairs` (U, U) are structured arrays with the fields of Kind and Pair, `types` the names
-    of the units' types, `walkable` (32, 32) [x, y]. `goal_between` has the two ends of the segment on which
-    the enemies' attack point is drawn anew in every battle, or None where it is the same.
+    of the units' types, `walkable` (32, 32) [x, y], `battle` the map's entry in smac_maps.json.
     """
 
     def __init__(self, map_name, device="cpu"):
@@ -461,7 +459,8 @@ class BattleSim:
         n = self.n_agents = battle["n_agents"]
         self.n_enemies, self.n_units = battle["n_enemies"], n + battle["n_enemies"]
         self.walkable = walkable_cells(battle["terrain"])
-        order = battle["enemy_order"]
+        cells, order, medivac = np.argwhere(self.walkable), battle["enemy_order"], stats["medivac"]
+        low, high = cells.min(0), cells.max(0) + 1  # the ground's corners
 
         # spawn points: agents by type in the map's order, then by x and y; enemies as created
         placed = place_units(battle["ally_spawns"] + battle["enemy_spawns"], stats, self.walkable)
@@ -470,49 +469,42 @@ class BattleSim:
         self.types, x, y = map(list, zip(*placed, strict=True))
         units = [stats[name] for name in self.types]
 
-        cells = np.argwhere(self.walkable)
-        low, high = cells.min(0), cells.max(0) + 1  # the ground's corners
         self.kinds = np.zeros(self.n_units, Kind.numpy_dtype())
-        for i, (name, unit) in enumerate(zip(self.types, units, strict=True)):
-            kind, weapon, move = self.kinds[i], unit["weapon"] or {}, unit["move"]
+        for kind, name, unit in zip(self.kinds, self.types, units, strict=True):
+            weapon, move, flies = unit["weapon"] or unit["heal"], unit["move"], unit["flying"]
             kind["radius"], kind["hp_max"], kind["shield_max"] = unit["radius"], unit["hp"], unit["shield"]
             kind["armor"] = unit["life_armor"]
-            kind["reach"] = (weapon or unit["heal"])["range"]
-            kind["period"], kind["slop"] = weapon.get("period_loops", 0), weapon.get("range_slop", 0)
+            kind["life_regen"] = unit.get("life_regen_per_normal_second", 0) / LOOPS_PER_SECOND
+            kind["reach"], kind["slop"] = weapon["range"], weapon.get("range_slop", 0)
+            kind["period"] = weapon.get("period_loops", 0)
             kind["second_delay"] = SECOND_HIT_DELAY.get(name, 0)
             hunts = order["kind"] == "attack_unit_group"  # the enemies notice everybody
             kind["scan"] = 2 * MAP_SIZE if hunts else max(kind["reach"], SCAN_RANGE)
-            kind["life_regen"] = unit.get("life_regen_per_normal_second", 0) / LOOPS_PER_SECOND
             kind["speed"] = move["speed_per_normal_second"] / LOOPS_PER_SECOND
             kind["acceleration"] = move.get("acceleration", 1) / LOOPS_PER_SECOND**2
-            kind["biological"] = "biological" in unit["attributes"]
-            kind["medic"], kind["colossus"] = name == "medivac", name == "colossus"
-            kind["baneling"] = name == "baneling"
-            kind["layer"] = AIR if unit["flying"] else CLIFF if name == "colossus" else GROUND
-            kind["low"] = 0 if unit["flying"] else low
-            kind["high"] = (MAP_SIZE if unit["flying"] else high) - EDGE
+            kind["layer"] = AIR if flies else CLIFF if name == "colossus" else GROUND
+            kind["low"], kind["high"] = (0, MAP_SIZE - EDGE) if flies else (low, high - EDGE)
+            kind["medic"], kind["biological"] = name == "medivac", "biological" in unit["attributes"]
+            kind["colossus"], kind["baneling"] = name == "colossus", name == "baneling"
 
         # air and ground do not collide; a colossus stands above ground units, in the way of flyers only
         self.pairs = np.zeros((self.n_units, self.n_units), Pair.numpy_dtype())
         tall = [unit["flying"] or "air" in unit["planes"] for unit in units]
         for i, one in enumerate(units):
             weapon = one["weapon"] or {"damage": 0, "targets": []}
+            bonus = weapon.get("bonus") or {}
             for j, other in enumerate(units):
-                pair, bonus = self.pairs[i, j], weapon.get("bonus") or {}
+                pair = self.pairs[i, j]
                 if i != j and tall[i] == tall[j]:
                     pair["separation"] = one["separation_radius"] + other["separation_radius"]
-                pair["raw_damage"] = weapon["damage"] + sum(
-                    bonus.get(name, 0) for name in other["attributes"]
-                )
+                pair["raw_damage"] = weapon["damage"] + sum(bonus.get(x, 0) for x in other["attributes"])
                 pair["can_hit"] = (i < n) != (j < n) and bool({*weapon["targets"]} & {*other["planes"]})
 
-        medivac = stats["medivac"]
         self.fresh = np.zeros(self.n_units, UNIT)
         self.fresh["x"], self.fresh["y"], self.fresh["since_hit"] = x, y, SHIELD_DELAY
         self.fresh["hp"], self.fresh["shield"] = self.kinds["hp_max"], self.kinds["shield_max"]
         self.fresh["energy"] = np.where(self.kinds["medic"], medivac["energy"]["start"], 0)
-        for name in ("second_target", "target", "attacker"):
-            self.fresh[name] = -1
+        self.fresh["second_target"] = self.fresh["target"] = self.fresh["attacker"] = -1
         self.fresh["walks"][n:] = order["kind"].startswith("attack_move")
         self.fresh["goal_x"], self.fresh["goal_y"] = order.get("point", (0, 0))
 
