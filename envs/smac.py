@@ -1,9 +1,8 @@
 """SMAC's interface, exact: masks, observations, state, reward and ends of the 23 maps, as Warp kernels.
 
 Source: smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33 with default arguments. The functions below
-name the method that they follow; the tests compare them with its outputs. docs/envs.md lists which of its
-quirks are kept and which are not. The battle itself comes from an engine (`smac_sim.py`) that plays on (B, U)
-records of units; the interface only reads them.
+name the method that they follow; the tests compare them with its outputs. docs/envs.md lists its quirks,
+kept or not. An engine (`smac_sim.py`) plays the battles on (B, U) records of units; this only reads them.
 
     env = make("mmm", num_envs=32, device="cuda", seed=1)
 
@@ -29,22 +28,20 @@ from gymnasium import spaces
 
 from envs import smac_sim as engine
 from envs.base import VecEnv
+from envs.smac_map import BattleSim
 from envs.smac_sim import LOOPS_PER_STEP, UNIT, Game, Unit, World
 
 _DATA = Path(__file__).parent
 NO_OP, STOP, NORTH, SOUTH, EAST, WEST, FIRST_TARGET = range(7)  # 6 + k attacks enemy k, or heals agent k
 SIGHT = wp.constant(9.0)  # tiles between centres, exclusive (unit_sight_range)
 REACH = wp.constant(6.0)  # tiles between centres, inclusive, whatever the weapon (unit_shoot_range)
-DEATH_VALUE = wp.constant(10.0)  # reward_death_value
-WIN_VALUE = wp.constant(200.0)  # reward_win
-SCALE_RATE = 20.0  # reward_scale_rate
+DEATH_VALUE, WIN_VALUE, SCALE_RATE = 10.0, 200.0, 20.0  # reward_death_value, reward_win, reward_scale_rate
 NO_ACTION = wp.constant(-1)  # last action of an episode that has just begun: a one-hot of zeros
 BLOCK = 32  # threads that share a game on a GPU
 GAMES_PER_THREAD = 32  # on a CPU: fewer are not worth another thread
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 1, "fuse_fp": False})
-Floats, Flags = wp.array(dtype=float), wp.array(dtype=wp.bool)
-Ints = wp.array(dtype=wp.int64)
+Floats, Ints, Flags = (wp.array(dtype=dtype) for dtype in (float, wp.int64, wp.bool))
 
 
 @wp.struct
@@ -235,7 +232,6 @@ def judge(w: World, v: View, g: Games, b: int):
 @wp.func_native("WP_TILE_SYNC();")
 def meet():
     """All threads of the block wait for each other here."""
-    ...
 
 
 @wp.kernel
@@ -371,7 +367,7 @@ class Smac(VecEnv):
     def __init__(self, map_name, num_envs, device, seed, validate=True):
         device = torch.device(device)
         self._wp_device = start_warp(device)
-        self.sim = engine.BattleSim(map_name, self._wp_device)
+        self.sim = BattleSim(map_name, self._wp_device)
         battle, size = self.sim.battle, self.sim.battle["sizes"]
         self.map_name, self.n_enemies = map_name, battle["n_enemies"]
         self._view = _view(battle, self.sim, self._wp_device)

@@ -17,35 +17,27 @@ In these functions a number that changes in a loop begins as wp.float32() or wp.
 loops are written with `while`: `range` costs three branches more a turn, together half of the engine's time.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import warp as wp
 
-from envs.smac_terrain import MAP_SIZE, climbable_cells, find_waypoints, place_units, walkable_cells
-
-_DATA = Path(__file__).parent
+MAP_SIZE = 32  # tiles, each way
 LOOPS_PER_STEP = 8
 LOOPS_PER_SECOND = 16
 MOVE_DISTANCE = wp.constant(2.0)  # tiles that a move order asks for (starcraft2.py, move_amount)
 SHIELD_DELAY = wp.constant(160.0)  # loops without damage before shields return
 SHIELD_REGEN = wp.constant(2.0 / LOOPS_PER_SECOND)
 MIN_DAMAGE = wp.constant(0.5)  # of a hit on life, after armour
-SCAN_RANGE = 5.0  # gap at which an enemy notices a target, unless its weapon reaches further
 RESPONSE_RANGE = wp.constant(21.0)  # gap at which an enemy still answers whoever hurt it last
 CALL_FOR_HELP_RANGE = wp.constant(4.0)  # tiles within which it also answers whoever hurt a comrade
 HEAL_SCAN_RANGE = wp.constant(6.0)  # gap at which the enemy medivac notices a wounded unit
 HEAL_MIN_ENERGY = wp.constant(5.0)  # energy that the enemy medivac needs to begin a heal
 ARRIVAL_RANGE = 1.5  # an enemy this close to its attack point stops walking
-SECOND_HIT_DELAY = {"zealot": 4, "colossus": 1}  # loops between the two hits of one swing
 LANCE_LENGTH = wp.constant(1.4)  # half extents of the colossus's splash, before the victim's radius
 LANCE_WIDTH = wp.constant(0.15)
 BURST_RADIUS = wp.constant(2.2)  # of a baneling's splash, before the victim's radius
 SIDESTEP = wp.constant(1.0)  # share of a push that is added sideways, so that a blocked unit walks round
 MAX_PUSH = wp.constant(0.25)  # tiles per loop
 FAR = wp.constant(1000.0)  # the gap to whom a unit cannot act on
-EDGE = 1e-3  # tiles that a unit keeps from the outermost edge
 GROUND, CLIFF, AIR = range(3)  # layers of the terrain: where who stands
 
 
@@ -276,9 +268,8 @@ def heal(w: World, u: Game, i: int, target: int, gap: float):
 @wp.func
 def walk(w: World, u: Game, i: int, goal: wp.vec2):
     """A step towards a goal, round the terrain: on the ground by the farthest waypoint in a straight line."""
-    way = goal - u[i].at
-    top = wp.min(u[i].speed + w.kind[i].acceleration, w.kind[i].speed)
-    u[i].speed = wp.min(top, wp.length(way))  # as the crow flies
+    way = goal - u[i].at  # as the crow flies
+    u[i].speed = wp.min(wp.min(u[i].speed + w.kind[i].acceleration, w.kind[i].speed), wp.length(way))
     if not w.is_box and w.kind[i].layer == GROUND:
         waypoint = int(w.waypoints[cell_of(goal), cell_of(u[i].at)])
         if waypoint >= 0:
@@ -443,82 +434,3 @@ def resolve(w: World, u: Game, j: int):
             u[j].hp = 0.0
             u[j].dying = w.kind[j].baneling and not suicide
         stay_on_terrain(w, u, j, u[j].at + u[j].step + push_apart(w, u, j))
-
-
-# ---- the constants of a map ----
-class BattleSim:
-    """A map as the rules above need it: its `world` on a device, and `fresh` (U,), the units as they begin.
-
-    `kinds` (U,) and `pairs` (U, U) are structured arrays with the fields of Kind and Pair, `types` the names
-    of the units' types, `walkable` (32, 32) [x, y], `battle` the map's entry in smac_maps.json.
-    """
-
-    def __init__(self, map_name, device="cpu"):
-        battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
-        stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
-        n = self.n_agents = battle["n_agents"]
-        self.n_enemies, self.n_units = battle["n_enemies"], n + battle["n_enemies"]
-        self.walkable = walkable_cells(battle["terrain"])
-        cells, order, medivac = np.argwhere(self.walkable), battle["enemy_order"], stats["medivac"]
-        low, high = cells.min(0), cells.max(0) + 1  # the ground's corners
-
-        # spawn points: agents by type in the map's order, then by x and y; enemies as created
-        placed = place_units(battle["ally_spawns"] + battle["enemy_spawns"], stats, self.walkable)
-        rank = {group["unit"].lower(): i for i, group in enumerate(battle["agent_id_order"])}
-        placed[:n] = sorted(placed[:n], key=lambda unit: (rank[unit[0]], unit[1], unit[2]))
-        self.types, x, y = map(list, zip(*placed, strict=True))
-        units = [stats[name] for name in self.types]
-
-        self.kinds = np.zeros(self.n_units, Kind.numpy_dtype())
-        for kind, name, unit in zip(self.kinds, self.types, units, strict=True):
-            weapon, move, flies = unit["weapon"] or unit["heal"], unit["move"], unit["flying"]
-            kind["radius"], kind["hp_max"], kind["shield_max"] = unit["radius"], unit["hp"], unit["shield"]
-            kind["armor"] = unit["life_armor"]
-            kind["life_regen"] = unit.get("life_regen_per_normal_second", 0) / LOOPS_PER_SECOND
-            kind["reach"], kind["slop"] = weapon["range"], weapon.get("range_slop", 0)
-            kind["period"] = weapon.get("period_loops", 0)
-            kind["second_delay"] = SECOND_HIT_DELAY.get(name, 0)
-            hunts = order["kind"] == "attack_unit_group"  # the enemies notice everybody
-            kind["scan"] = 2 * MAP_SIZE if hunts else max(kind["reach"], SCAN_RANGE)
-            kind["speed"] = move["speed_per_normal_second"] / LOOPS_PER_SECOND
-            kind["acceleration"] = move.get("acceleration", 1) / LOOPS_PER_SECOND**2
-            kind["layer"] = AIR if flies else CLIFF if name == "colossus" else GROUND
-            kind["low"], kind["high"] = (0, MAP_SIZE - EDGE) if flies else (low, high - EDGE)
-            kind["medic"], kind["biological"] = name == "medivac", "biological" in unit["attributes"]
-            kind["colossus"], kind["baneling"] = name == "colossus", name == "baneling"
-
-        # air and ground do not collide; a colossus stands above ground units, in the way of flyers only
-        self.pairs = np.zeros((self.n_units, self.n_units), Pair.numpy_dtype())
-        tall = [unit["flying"] or "air" in unit["planes"] for unit in units]
-        for i, one in enumerate(units):
-            weapon = one["weapon"] or {"damage": 0, "targets": []}
-            bonus = weapon.get("bonus") or {}
-            for j, other in enumerate(units):
-                pair = self.pairs[i, j]
-                if i != j and tall[i] == tall[j]:
-                    pair["separation"] = one["separation_radius"] + other["separation_radius"]
-                pair["raw_damage"] = weapon["damage"] + sum(bonus.get(x, 0) for x in other["attributes"])
-                pair["can_hit"] = (i < n) != (j < n) and bool({*weapon["targets"]} & {*other["planes"]})
-
-        self.fresh = np.zeros(self.n_units, UNIT)
-        self.fresh["x"], self.fresh["y"], self.fresh["since_hit"] = x, y, SHIELD_DELAY
-        self.fresh["hp"], self.fresh["shield"] = self.kinds["hp_max"], self.kinds["shield_max"]
-        self.fresh["energy"] = np.where(self.kinds["medic"], medivac["energy"]["start"], 0)
-        self.fresh["second_target"] = self.fresh["target"] = self.fresh["attacker"] = -1
-        self.fresh["walks"][n:] = order["kind"].startswith("attack_move")
-        self.fresh["goal_x"], self.fresh["goal_y"] = order.get("point", (0, 0))
-
-        w = self.world = World()
-        w.n_agents, w.n_units = n, self.n_units
-        w.heal_rate, w.heal_cost = medivac["heal"]["rate_hp_per_loop"], medivac["heal"]["energy_per_hp"]
-        w.energy_max, w.energy_regen = medivac["energy"]["max"], medivac["energy"]["regen_per_loop"]
-        if "between" in order:
-            w.draws_goal, (w.goal_from, w.goal_to) = True, order["between"]
-        w.fresh = wp.array(self.fresh, dtype=Unit, device=device)
-        w.kind = wp.array(self.kinds, dtype=Kind, device=device)
-        w.pair = wp.array(self.pairs, dtype=Pair, device=device)
-        w.is_box = bool(self.walkable[low[0] : high[0], low[1] : high[1]].all())
-        if not w.is_box:
-            layers = [self.walkable, climbable_cells(battle["terrain"]), np.ones_like(self.walkable)]
-            w.walkable = wp.array(np.stack(layers).reshape(3, -1), dtype=wp.bool, device=device)
-            w.waypoints = wp.array(find_waypoints(battle["terrain"]), dtype=wp.int16, device=device)
