@@ -1,9 +1,8 @@
 """SMAC's interface, exact: masks, observations, state, reward and ends of the 23 maps, as Warp kernels.
 
 Source: smac/env/starcraft2/starcraft2.py of oxwhirl/smac d6aab33 with default arguments. The functions below
-name the method that they follow; the tests compare them with its outputs. docs/envs.md lists which of its
-quirks are kept and which are not. The battle itself comes from an engine (`smac_sim.py`) that plays on (B, U)
-records of units; the interface only reads them.
+name the method that they follow; the tests compare them with its outputs. docs/envs.md lists its quirks,
+kept or not. An engine (`smac_sim.py`) plays the battles on (B, U) records of units; this only reads them.
 
     env = make("mmm", num_envs=32, device="cuda", seed=1)
 
@@ -29,24 +28,20 @@ from gymnasium import spaces
 
 from envs import smac_sim as engine
 from envs.base import VecEnv
+from envs.smac_map import BattleSim
 from envs.smac_sim import LOOPS_PER_STEP, UNIT, Game, Unit, World
 
 _DATA = Path(__file__).parent
 NO_OP, STOP, NORTH, SOUTH, EAST, WEST, FIRST_TARGET = range(7)  # 6 + k attacks enemy k, or heals agent k
 SIGHT = wp.constant(9.0)  # tiles between centres, exclusive (unit_sight_range)
 REACH = wp.constant(6.0)  # tiles between centres, inclusive, whatever the weapon (unit_shoot_range)
-DEATH_VALUE = wp.constant(10.0)  # reward_death_value
-WIN_VALUE = wp.constant(200.0)  # reward_win
-SCALE_RATE = 20.0  # reward_scale_rate
+DEATH_VALUE, WIN_VALUE, SCALE_RATE = 10.0, 200.0, 20.0  # reward_death_value, reward_win, reward_scale_rate
 NO_ACTION = wp.constant(-1)  # last action of an episode that has just begun: a one-hot of zeros
 BLOCK = 32  # threads that share a game on a GPU
 GAMES_PER_THREAD = 32  # on a CPU: fewer are not worth another thread
-GLYPHS = {"marine": "M", "marauder": "D", "stalker": "S", "zealot": "Z", "colossus": "C"}
-GLYPHS |= {"zergling": "z", "hydralisk": "H", "baneling": "b", "spinecrawler": "X", "medivac": "+"}
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 1, "fuse_fp": False})
-Floats, Flags = wp.array(dtype=float), wp.array(dtype=wp.bool)
-Ints = wp.array(dtype=wp.int64)
+Floats, Ints, Flags = (wp.array(dtype=dtype) for dtype in (float, wp.int64, wp.bool))
 
 
 @wp.struct
@@ -237,7 +232,6 @@ def judge(w: World, v: View, g: Games, b: int):
 @wp.func_native("WP_TILE_SYNC();")
 def meet():
     """All threads of the block wait for each other here."""
-    ...
 
 
 @wp.kernel
@@ -349,7 +343,14 @@ def fields(memory):
     return views
 
 
-_POOL = ThreadPoolExecutor(os.cpu_count())  # its threads begin when they are first needed
+@functools.cache
+def threads():
+    """The threads that share large batches on a CPU; they begin when they are first needed."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    # torch's own threads spin for milliseconds after each operation, on the cores that these need, but not
+    # (with libgomp) where there are more of them than cores: so let one of these have some of its own
+    pool.submit(torch.ones(2**20).sum).result()
+    return pool
 
 
 class Smac(VecEnv):
@@ -366,7 +367,7 @@ class Smac(VecEnv):
     def __init__(self, map_name, num_envs, device, seed, validate=True):
         device = torch.device(device)
         self._wp_device = start_warp(device)
-        self.sim = engine.BattleSim(map_name, self._wp_device)
+        self.sim = BattleSim(map_name, self._wp_device)
         battle, size = self.sim.battle, self.sim.battle["sizes"]
         self.map_name, self.n_enemies = map_name, battle["n_enemies"]
         self._view = _view(battle, self.sim, self._wp_device)
@@ -396,8 +397,8 @@ class Smac(VecEnv):
 
     def _parts(self):
         """First game, end, World and View of each launch: one, or on a CPU one for each thread with work."""
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        parts = max(1, min(threads, self.num_envs // GAMES_PER_THREAD))
+        most = torch.get_num_threads() if self.device.type == "cpu" else 1
+        parts = max(1, min(most, self.num_envs // GAMES_PER_THREAD))
         edges = [self.num_envs * part // parts for part in range(parts + 1)]
         return [(first, end, self.sim.world, self._view) for first, end in pairwise(edges)]
 
@@ -413,7 +414,7 @@ class Smac(VecEnv):
             for command in commands:
                 command.launch(stream)
         else:
-            others = [_POOL.submit(command.launch) for command in commands[1:]]
+            others = [threads().submit(command.launch) for command in commands[1:]]
             commands[0].launch()
             for other in others:
                 other.result()
@@ -431,7 +432,7 @@ class Smac(VecEnv):
     def _observe(self):
         self._launch(self._begin)
         self._games.picture.copy_(self._games.units[0])
-        self._pictured = None
+        self._pictured = (torch.zeros(1, dtype=torch.int64, device=self.device),) * 4
         return self._shown()
 
     def _fight(self):
@@ -470,74 +471,13 @@ class Smac(VecEnv):
         """(H, 640, 3) uint8: game 0 from above as the latest step left it, even if that ended the battle."""
         if self._obs is None:
             raise RuntimeError("call env.reset() before env.render()")
-        units, outcome, length, episode_return = fields(self._games.picture.cpu()), "", 0, 0.0
-        if self._pictured:
-            length, episode_return, won, terminated = (entry[0].item() for entry in self._pictured)
-            outcome = "time out" if length >= self.episode_limit else ""
-            if terminated:
-                tied = not (units.hp > 0).any() and not self._view.is_mmm
-                outcome = "won" if won else "tied" if tied else "lost"
+        from envs.smac_picture import draw_battle  # only pictures need Pillow
+
+        units = fields(self._games.picture.cpu())
+        length, episode_return, won, terminated = (entry[0].item() for entry in self._pictured)
+        outcome = "time out" if length >= self.episode_limit else ""
+        if terminated:
+            tied = not (units.hp > 0).any() and not self._view.is_mmm
+            outcome = "won" if won else "tied" if tied else "lost"
         title = f"{self.map_name}   step {length}   return {episode_return:.1f}"
-        return _draw(self.sim, units, title, outcome)
-
-
-# ---- picture ----
-def _draw(sim, units, title, outcome):
-    """Picture of one battle, `units` (U,): blue agents, red enemies, shots and heals of this step."""
-    from PIL import Image, ImageDraw, ImageFont  # only pictures need Pillow
-
-    fine, header = 2, 32  # drawn at twice the size, then shrunk; pixels
-    cells = np.argwhere(sim.walkable).tolist()
-    west, south = min(x for x, _ in cells) - 0.5, min(y for _, y in cells) - 0.5
-    width, height = max(x for x, _ in cells) + 1.5 - west, max(y for _, y in cells) + 1.5 - south  # tiles
-    tile = fine * 640 / width
-    size = (fine * 640, fine * 2 * round((header + 640 * height / width) / 2))  # even, for video codecs
-    image = Image.new("RGB", size, (38, 40, 44))
-    draw = ImageDraw.Draw(image, "RGBA")
-
-    def at(x, y):
-        return (x - west) * tile, size[1] - (y - south) * tile
-
-    def box(x, y, half):
-        return [*at(x - half, y + half), *at(x + half, y - half)]
-
-    for x, y in cells:
-        draw.rectangle(box(x + 0.5, y + 0.5, 0.5), fill=(92, 96, 88) if (x + y) % 2 else (88, 92, 84))
-    kinds = {name: torch.tensor(sim.kinds[name]) for name in ("hp_max", "shield_max", "period", "radius")}
-    life, shield = (units.hp / kinds["hp_max"]).tolist(), (units.shield / kinds["shield_max"]).tolist()
-    shot = (units.cooldown > kinds["period"] - LOOPS_PER_STEP).tolist()  # within this step
-    radius = kinds["radius"].tolist()
-    spots = list(zip(units.x.tolist(), units.y.tolist(), radius, sim.types, strict=True))
-    tall = ("medivac", "colossus")
-    for i in sorted(range(len(spots)), key=lambda i: (life[i] > 0, sim.types[i] in tall, -spots[i][1])):
-        (x, y, radius, name), side = spots[i], (64, 128, 245) if i < sim.n_agents else (228, 66, 56)
-        if life[i] <= 0:
-            left, top, right, bottom = box(x, y, 0.6 * radius)
-            draw.line([left, top, right, bottom], (*side, 80), 2 * fine)
-            draw.line([left, bottom, right, top], (*side, 80), 2 * fine)
-            continue
-        lift, opacity = (0.3, 150) if name == "medivac" else (0.07, 255)
-        draw.ellipse(box(x + lift, y - lift, radius), fill=(0, 0, 0, 70))
-        draw.ellipse(box(x, y, radius), fill=(*side, opacity), outline=(20, 20, 24), width=fine)
-        font = ImageFont.load_default(1.25 * radius * tile)
-        draw.text(at(x, y), GLYPHS[name], fill=(255, 255, 255), font=font, anchor="mm")
-        health = (96, 224, 92) if life[i] > 0.5 else (245, 200, 60) if life[i] > 0.25 else (255, 110, 70)
-        left, base = at(x - radius, y + radius + 0.06)
-        for share, colour in ((life[i], health), (shield[i], (130, 210, 255))):
-            if share == share:  # not 0 / 0, a unit without shields
-                for part, paint in ((1, (15, 15, 18, 200)), (share, colour)):
-                    draw.rectangle([left, base - 2 * fine, left + 2 * radius * tile * part, base], fill=paint)
-                base -= 3.5 * fine
-    for i, j in enumerate(units.target.tolist()):
-        heals = sim.types[i] == "medivac"
-        if life[i] > 0 and j >= 0 and (shot[i] or heals):
-            colour = (80, 255, 120) if heals else (255, 236, 120) if i < sim.n_agents else (255, 160, 90)
-            draw.line([*at(*spots[i][:2]), *at(*spots[j][:2])], (*colour, 210), 3 * fine // 2)
-            draw.ellipse(box(*spots[j][:2], 0.09), fill=colour)
-
-    draw.rectangle([0, 0, size[0], fine * header], fill=(24, 25, 28))
-    font, middle, margin = ImageFont.load_default(15 * fine), fine * header / 2, 10 * fine
-    draw.text((margin, middle), title, fill=(225, 225, 225), font=font, anchor="lm")
-    colour = {"won": (110, 220, 120), "lost": (240, 100, 90)}.get(outcome, (230, 200, 110))
-    draw.text((size[0] - margin, middle), outcome, fill=colour, font=font, anchor="rm")
-    return np.array(image.resize((size[0] // fine, size[1] // fine), Image.Resampling.LANCZOS))
+        return draw_battle(self.sim, units, title, outcome)

@@ -1,9 +1,8 @@
 """Embedded engine for SMAC: the rules of its battles, for one unit of one game, as NVIDIA Warp functions.
 
-It plays the battles of SMAC's 23 maps with the numbers of the game's own data files (`smac_units.json`: the
-Liberty base values that the maps load; `smac_maps.json`: terrain, spawns and orders from the map archives).
-It is a simulator of SMAC's battles, not StarCraft II: docs/envs.md lists every rule with its value, its
-source and whether it was read or is our choice.
+It is a simulator of SMAC's battles, not StarCraft II, with the numbers of the game's own data files
+(`smac_units.json`) and of the map archives (`smac_maps.json`): docs/envs.md lists every rule with its value,
+its source and whether it was read or is our choice.
 
 An env step is eight game loops of 1/16 s, and a game loop has two phases. Within a phase the order of the
 units does not matter, so a GPU plays all of them at once and a CPU one after the other, from the same source:
@@ -18,35 +17,27 @@ In these functions a number that changes in a loop begins as wp.float32() or wp.
 loops are written with `while`: `range` costs three branches more a turn, together half of the engine's time.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import warp as wp
 
-from envs.smac_terrain import MAP_SIZE, climbable_cells, find_waypoints, place_units, walkable_cells
-
-_DATA = Path(__file__).parent
+MAP_SIZE = 32  # tiles, each way
 LOOPS_PER_STEP = 8
 LOOPS_PER_SECOND = 16
 MOVE_DISTANCE = wp.constant(2.0)  # tiles that a move order asks for (starcraft2.py, move_amount)
 SHIELD_DELAY = wp.constant(160.0)  # loops without damage before shields return
 SHIELD_REGEN = wp.constant(2.0 / LOOPS_PER_SECOND)
 MIN_DAMAGE = wp.constant(0.5)  # of a hit on life, after armour
-SCAN_RANGE = 5.0  # gap at which an enemy notices a target, unless its weapon reaches further
 RESPONSE_RANGE = wp.constant(21.0)  # gap at which an enemy still answers whoever hurt it last
 CALL_FOR_HELP_RANGE = wp.constant(4.0)  # tiles within which it also answers whoever hurt a comrade
 HEAL_SCAN_RANGE = wp.constant(6.0)  # gap at which the enemy medivac notices a wounded unit
 HEAL_MIN_ENERGY = wp.constant(5.0)  # energy that the enemy medivac needs to begin a heal
 ARRIVAL_RANGE = 1.5  # an enemy this close to its attack point stops walking
-SECOND_HIT_DELAY = {"zealot": 4, "colossus": 1}  # loops between the two hits of one swing
 LANCE_LENGTH = wp.constant(1.4)  # half extents of the colossus's splash, before the victim's radius
 LANCE_WIDTH = wp.constant(0.15)
 BURST_RADIUS = wp.constant(2.2)  # of a baneling's splash, before the victim's radius
 SIDESTEP = wp.constant(1.0)  # share of a push that is added sideways, so that a blocked unit walks round
 MAX_PUSH = wp.constant(0.25)  # tiles per loop
 FAR = wp.constant(1000.0)  # the gap to whom a unit cannot act on
-EDGE = 1e-3  # tiles that a unit keeps from the outermost edge
 GROUND, CLIFF, AIR = range(3)  # layers of the terrain: where who stands
 
 
@@ -277,9 +268,8 @@ def heal(w: World, u: Game, i: int, target: int, gap: float):
 @wp.func
 def walk(w: World, u: Game, i: int, goal: wp.vec2):
     """A step towards a goal, round the terrain: on the ground by the farthest waypoint in a straight line."""
-    way = goal - u[i].at
-    top = wp.min(u[i].speed + w.kind[i].acceleration, w.kind[i].speed)
-    u[i].speed = wp.min(top, wp.length(way))  # as the crow flies
+    way = goal - u[i].at  # as the crow flies
+    u[i].speed = wp.min(wp.min(u[i].speed + w.kind[i].acceleration, w.kind[i].speed), wp.length(way))
     if not w.is_box and w.kind[i].layer == GROUND:
         waypoint = int(w.waypoints[cell_of(goal), cell_of(u[i].at)])
         if waypoint >= 0:
@@ -444,89 +434,3 @@ def resolve(w: World, u: Game, j: int):
             u[j].hp = 0.0
             u[j].dying = w.kind[j].baneling and not suicide
         stay_on_terrain(w, u, j, u[j].at + u[j].step + push_apart(w, u, j))
-
-
-# ---- the constants of a map ----
-class BattleSim:
-    """A map as the rules above need it: its `world` on a device, and `fresh` (U,), the units as they begin.
-
-    `kinds` (U,) and `pairs` (U, U) are structured arrays with the fields of Kind and Pair, `types` the names
-    of the units' types, `walkable` (32, 32) [x, y]. `goal_between` has the two ends of the segment on which
-    the enemies' attack point is drawn anew in every battle, or None where it is the same.
-    """
-
-    def __init__(self, map_name, device="cpu"):
-        battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
-        stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
-        n = self.n_agents = battle["n_agents"]
-        self.n_enemies, self.n_units = battle["n_enemies"], n + battle["n_enemies"]
-        self.walkable = walkable_cells(battle["terrain"])
-        order = battle["enemy_order"]
-
-        # spawn points: agents by type in the map's order, then by x and y; enemies as created
-        placed = place_units(battle["ally_spawns"] + battle["enemy_spawns"], stats, self.walkable)
-        rank = {group["unit"].lower(): i for i, group in enumerate(battle["agent_id_order"])}
-        placed[:n] = sorted(placed[:n], key=lambda unit: (rank[unit[0]], unit[1], unit[2]))
-        self.types, x, y = map(list, zip(*placed, strict=True))
-        units = [stats[name] for name in self.types]
-
-        cells = np.argwhere(self.walkable)
-        low, high = cells.min(0), cells.max(0) + 1  # the ground's corners
-        self.kinds = np.zeros(self.n_units, Kind.numpy_dtype())
-        for i, (name, unit) in enumerate(zip(self.types, units, strict=True)):
-            kind, weapon, move = self.kinds[i], unit["weapon"] or {}, unit["move"]
-            kind["radius"], kind["hp_max"], kind["shield_max"] = unit["radius"], unit["hp"], unit["shield"]
-            kind["armor"] = unit["life_armor"]
-            kind["reach"] = (weapon or unit["heal"])["range"]
-            kind["period"], kind["slop"] = weapon.get("period_loops", 0), weapon.get("range_slop", 0)
-            kind["second_delay"] = SECOND_HIT_DELAY.get(name, 0)
-            hunts = order["kind"] == "attack_unit_group"  # the enemies notice everybody
-            kind["scan"] = 2 * MAP_SIZE if hunts else max(kind["reach"], SCAN_RANGE)
-            kind["life_regen"] = unit.get("life_regen_per_normal_second", 0) / LOOPS_PER_SECOND
-            kind["speed"] = move["speed_per_normal_second"] / LOOPS_PER_SECOND
-            kind["acceleration"] = move.get("acceleration", 1) / LOOPS_PER_SECOND**2
-            kind["biological"] = "biological" in unit["attributes"]
-            kind["medic"], kind["colossus"] = name == "medivac", name == "colossus"
-            kind["baneling"] = name == "baneling"
-            kind["layer"] = AIR if unit["flying"] else CLIFF if name == "colossus" else GROUND
-            kind["low"] = 0 if unit["flying"] else low
-            kind["high"] = (MAP_SIZE if unit["flying"] else high) - EDGE
-
-        # air and ground do not collide; a colossus stands above ground units, in the way of flyers only
-        self.pairs = np.zeros((self.n_units, self.n_units), Pair.numpy_dtype())
-        tall = [unit["flying"] or "air" in unit["planes"] for unit in units]
-        for i, one in enumerate(units):
-            weapon = one["weapon"] or {"damage": 0, "targets": []}
-            for j, other in enumerate(units):
-                pair, bonus = self.pairs[i, j], weapon.get("bonus") or {}
-                if i != j and tall[i] == tall[j]:
-                    pair["separation"] = one["separation_radius"] + other["separation_radius"]
-                pair["raw_damage"] = weapon["damage"] + sum(
-                    bonus.get(name, 0) for name in other["attributes"]
-                )
-                pair["can_hit"] = (i < n) != (j < n) and bool({*weapon["targets"]} & {*other["planes"]})
-
-        medivac = stats["medivac"]
-        self.fresh = np.zeros(self.n_units, UNIT)
-        self.fresh["x"], self.fresh["y"], self.fresh["since_hit"] = x, y, SHIELD_DELAY
-        self.fresh["hp"], self.fresh["shield"] = self.kinds["hp_max"], self.kinds["shield_max"]
-        self.fresh["energy"] = np.where(self.kinds["medic"], medivac["energy"]["start"], 0)
-        for name in ("second_target", "target", "attacker"):
-            self.fresh[name] = -1
-        self.fresh["walks"][n:] = order["kind"].startswith("attack_move")
-        self.fresh["goal_x"], self.fresh["goal_y"] = order.get("point", (0, 0))
-
-        w = self.world = World()
-        w.n_agents, w.n_units = n, self.n_units
-        w.heal_rate, w.heal_cost = medivac["heal"]["rate_hp_per_loop"], medivac["heal"]["energy_per_hp"]
-        w.energy_max, w.energy_regen = medivac["energy"]["max"], medivac["energy"]["regen_per_loop"]
-        if "between" in order:
-            w.draws_goal, (w.goal_from, w.goal_to) = True, order["between"]
-        w.fresh = wp.array(self.fresh, dtype=Unit, device=device)
-        w.kind = wp.array(self.kinds, dtype=Kind, device=device)
-        w.pair = wp.array(self.pairs, dtype=Pair, device=device)
-        w.is_box = bool(self.walkable[low[0] : high[0], low[1] : high[1]].all())
-        if not w.is_box:
-            layers = [self.walkable, climbable_cells(battle["terrain"]), np.ones_like(self.walkable)]
-            w.walkable = wp.array(np.stack(layers).reshape(3, -1), dtype=wp.bool, device=device)
-            w.waypoints = wp.array(find_waypoints(battle["terrain"]), dtype=wp.int16, device=device)
