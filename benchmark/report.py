@@ -2,7 +2,7 @@
 
     python benchmark/report.py
 
-Calls the scripts of the figures (cdm.py, smac.py, particles.py, quadratic.py), writes the pages of engine/
+Calls the scripts of the figures (cdm.py, smac.py, default.py, particles.py, quadratic.py), writes the pages of engine/
 and scripted/ from what throughput.py, training_speed.py, update_speed.py and scripted.py measured, and
 README.md from the first lines of every page; `--index` writes README.md only."""
 
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import (
     cdm,
     common,
+    default,
     particles,
     quadratic,
     scripted,
@@ -103,7 +104,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--index", action="store_true", help="write README.md only")
     if not parser.parse_args(argv).index:
-        for script in (cdm, smac, particles, quadratic):
+        for script in (cdm, smac, default, particles, quadratic):
             script.main([])
         engine(load("engine"))
         teams(load("scripted"))
