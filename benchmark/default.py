@@ -3,7 +3,8 @@
     python benchmark/default.py
 
 Reads the sets <name>_<map>.json there that run_seeds.py wrote, and fig3/dop_mmm.json, which has the settings
-that became the default; their settings tell what differs. [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
+that became the default; their settings tell what differs.
+[DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
 import sys
@@ -20,8 +21,8 @@ CLAIM = """Ours: an entropy bonus in the actor's loss, with a quicker actor, win
 than [DOP]'s loss; whether that loss is a mean over steps or over steps and agents, which the paper leaves
 open, matters little."""
 HOW = """Trials on seeds 201 to 205; sets with fewer were cut off when the choice had been made, so the choice
-rests on few seeds. The chosen settings on MMM are of [fig3's set](../fig3/README.md#mmm), whose seeds, from 1 on,
-no trial of them had used. Without a bonus and at the rate of 5e-4 the loss is what was the default before."""
+rests on few seeds. The chosen settings on MMM are of [fig3's set](../fig3/README.md#mmm), whose seeds no
+trial had used. Without a bonus and at the rate of 5e-4 the loss is what was the default before."""
 KEYS = ("actor_lr", "entropy_coef", "actor_loss_mean")
 
 
@@ -67,9 +68,9 @@ def main(argv=None):
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
-    text = f"""The probability that a run with the mean over steps is better than one with the mean over steps
-    and agents is {greedy} of the greedy win rates, {exploring} of the exploring ones; the tables show what the bonus
-    and the rate do."""
+    text = f"""A run with the mean over steps is better than one with the mean over steps and agents with
+    probability {greedy} by the greedy win rate, {exploring} by the exploring one; what bonus and rate do is in
+    the tables."""
     parts = ["## Scale of the actor's loss", table]
     for name, sets in maps.items():
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]

@@ -2,9 +2,9 @@
 
     python benchmark/report.py
 
-Calls the scripts of the figures (cdm.py, smac.py, default.py, particles.py, quadratic.py), writes the pages of engine/
-and scripted/ from what throughput.py, training_speed.py, update_speed.py and scripted.py measured, and
-README.md from the first lines of every page; `--index` writes README.md only."""
+Calls the scripts of the figures (cdm.py, smac.py, default.py, particles.py, quadratic.py), writes the pages
+of engine/ and scripted/ from what throughput.py, training_speed.py, update_speed.py and scripted.py measured,
+and README.md from the first lines of every page; `--index` writes README.md only."""
 
 import argparse
 import json
