@@ -69,8 +69,8 @@ def main(argv=None):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
     text = f"""A run with the mean over steps is better than one with the mean over steps and agents with
-    probability {greedy} by the greedy win rate, {exploring} by the exploring one; what bonus and rate do is in
-    the tables."""
+    probability {greedy} by the greedy win rate, {exploring} by the exploring one; what bonus and rate do is
+    in the tables."""
     parts = ["## Scale of the actor's loss", table]
     for name, sets in maps.items():
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]
