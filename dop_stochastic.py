@@ -473,7 +473,7 @@ if __name__ == "__main__":
         new_episodes, memory = 0, None
     if global_step + env.episode_limit * (needed - buffer.n_episodes) > args.total_timesteps:
         machine.say("this run may end before its first update: raise --total-timesteps")
-    log, stop = machine.Log(run, args, global_step, recent), machine.catch_signals()
+    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()

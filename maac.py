@@ -415,7 +415,7 @@ if __name__ == "__main__":
     global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
         machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
-    log, stop = machine.Log(run, args, global_step, recent), machine.catch_signals()
+    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()
