@@ -343,14 +343,7 @@ def fields(memory):
     return views
 
 
-@functools.cache
-def threads():
-    """The threads that share large batches on a CPU; they begin when they are first needed."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    # torch's own threads spin for milliseconds after each operation, on the cores that these need, but not
-    # (with libgomp) where there are more of them than cores: so let one of these have some of its own
-    pool.submit(torch.ones(2**20).sum).result()
-    return pool
+_POOL = ThreadPoolExecutor(os.cpu_count())  # its threads begin when they are first needed
 
 
 class Smac(VecEnv):
@@ -397,8 +390,8 @@ class Smac(VecEnv):
 
     def _parts(self):
         """First game, end, World and View of each launch: one, or on a CPU one for each thread with work."""
-        most = torch.get_num_threads() if self.device.type == "cpu" else 1
-        parts = max(1, min(most, self.num_envs // GAMES_PER_THREAD))
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        parts = max(1, min(threads, self.num_envs // GAMES_PER_THREAD))
         edges = [self.num_envs * part // parts for part in range(parts + 1)]
         return [(first, end, self.sim.world, self._view) for first, end in pairwise(edges)]
 
@@ -414,7 +407,7 @@ class Smac(VecEnv):
             for command in commands:
                 command.launch(stream)
         else:
-            others = [threads().submit(command.launch) for command in commands[1:]]
+            others = [_POOL.submit(command.launch) for command in commands[1:]]
             commands[0].launch()
             for other in others:
                 other.result()
