@@ -34,9 +34,9 @@ except ImportError:  # needed to run, not to collect
     ray = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import machine
 from benchmark.collect import collect
 from benchmark.common import RESULTS, ROOT, commit, describe, hardware, markdown_table, today
-from envs import machine
 
 TAGS = "eval/* charts/episodic_return charts/episodic_length charts/win_rate charts/train_seconds".split()
 TAGS += "losses/entropy losses/grad_norm_actor".split()

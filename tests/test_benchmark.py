@@ -61,7 +61,7 @@ GATED = """
 import runpy, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from envs import machine
+import machine
 save = machine.save
 def gated(*words):
     save(*words)
