@@ -216,7 +216,8 @@ class EpisodeBuffer:
             size = (len(self.length), self.episode_limit + 1)
             row = sum(x[0].nbytes for x in step.values())
             machine.require_memory(math.prod(size) * row, self.ring.device, self.advice)
-            self.steps = {name: x.new_zeros(*size, *x.shape[1:]) for name, x in step.items()}
+            # not zeros: on the CPU, only rows that are written take memory
+            self.steps = {name: x.new_empty(*size, *x.shape[1:]) for name, x in step.items()}
         for name, x in step.items():
             self.steps[name][self.open_slot, info["episode_length"] - 1] = x
         if len(ended):

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from programs import LOW, Aim, Toy, same
+from programs import EPISODE, LOW, MODULES, Aim, Toy, same
 
 import machine
 from envs import Stream, evaluate, make
@@ -61,6 +62,23 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, error):
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("", (), {"free": 0}))
     with pytest.raises(SystemExit, match="cannot save: no space left"):
         machine.save(tmp_path, {}, {}, {"global_step": 8})
+
+
+@pytest.mark.parametrize("program", EPISODE)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells what is resident")
+def test_a_replay_takes_memory_as_it_fills(program):
+    """On the CPU: of 1 GiB for episodes, what was not played yet does not become resident."""
+    env = Toy(2, "cpu", 0)
+    buffer = MODULES[program].EpisodeBuffer(2**19 // env.episode_limit, env, "")
+    step = {"obs": torch.zeros(2, 1024, dtype=torch.half)}
+    before = resident()
+    buffer.add(step, {"episode_length": torch.ones(2, dtype=torch.int64)}, ended=[])
+    assert buffer.steps["obs"].nbytes > 2**30 and resident() - before < 2**27
+
+
+def resident():
+    """Bytes of memory that this process has at present."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_free_memory_is_less_than_what_the_machine_has():
