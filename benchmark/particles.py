@@ -191,8 +191,8 @@ CLAIM_4 = """The paper, section 5.2 (curves of 12 seeds): on aggregation MADDPG 
 configurations but quickly diverge, where deterministic DOP converges with stability; on the mill it
 outperforms both, because it learns to credit pushing clockwise."""
 ANSWER_4 = """In part: deterministic DOP keeps aggregation solved throughout the last fifth in
-{dop_aggregation} seeds and the mill in {dop_mill}, MADDPG does in
-{maddpg_aggregation} and {maddpg_mill}; MAAC loses a part of aggregation again ({maac_aggregation}) and keeps the mill ({maac_mill});
+{dop_aggregation} seeds and the mill in {dop_mill}, MADDPG does in {maddpg_aggregation} and {maddpg_mill};
+MAAC loses a part of aggregation again ({maac_aggregation}) and keeps the mill ({maac_mill});
 credit: {credit}."""
 CLAIM_SPREAD = """Ours, as spread is no task of the papers: on mpe2's simple_spread MADDPG reaches what other
 libraries publish for it."""
