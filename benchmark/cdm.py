@@ -20,6 +20,10 @@ METHODS = {
     "dop_deterministic": "deterministic DOP", "maac": "MAAC", "qmix": "QMIX",
     "coma_4": "COMA, an iteration per 4 games, not 8", "maddpg_128": "MADDPG, replay of 128 steps",
 }  # fmt: skip
+PROTOCOLS = {
+    "guided": "every method with its preset",
+    "equal": "replay of 5,000 steps and learning rates of 5e-4 in all, as in Appendix G.1 of [DOP]",
+}
 LAST = 5  # evaluations
 CLAIM = """The paper, section 3.1: with a joint critic, COMA, MADDPG and MAAC explore the optimum of this
 game (10 agents, 10 actions, +10 if all take the first, else -10) but cannot learn it; DOP converges to it
@@ -91,7 +95,8 @@ def main(argv=None):
         env = next(iter(methods.values()))["env"]
         draw(methods, common.RESULTS / "fig1" / f"{protocol}.png")
         table = markdown_table(["", "held", "found", "lost", "never left"], rows)
-        parts += [f"![{protocol}]({protocol}.png)", f"Protocol {protocol}, `{env}`:", table]
+        told = PROTOCOLS.get(protocol, "")
+        parts += [f"## Protocol {protocol}", f"`{env}`; {told}.", f"![{protocol}]({protocol}.png)", table]
     answer = ANSWER.format(**dict.fromkeys(METHODS, "not run") | cells)
     command = "Written by `python benchmark/cdm.py`."
     title = "Fig. 1 of DOP: the mismatch game"
