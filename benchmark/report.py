@@ -37,6 +37,7 @@ ENGINE_TITLES = {
     "throughput_one_core": "Steps per second beside the torch engine, one core",
     "throughput_compiled": "Steps per second beside the torch engine compiled, one core and two",
     "throughput_1024_games": "Steps per second of many games beside the torch engine, two cores",
+    "throughput_1024_games_passive": "The same where torch's idle threads sleep",
     "training_speed": "A training run beside the torch engine's commit",
     "update_speed": "A training iteration beside stand-ins of the official updates",
     "throughput_particles": "Steps per second of particle tasks, beside mpe2 and vmas",

@@ -205,6 +205,8 @@ def main(argv=None):
             "the torch engine is commit cd8fb3c: git worktree add ../torch-engine cd8fb3c, then --tree"
         )
     command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
+    waiting = os.environ.get("OMP_WAIT_POLICY")  # of torch's idle threads, in all ways alike
+    command = f"OMP_WAIT_POLICY={waiting} {command}" if waiting else command
     about = metadata(command, device=args.device)
     battles = [env_id for env_id in args.envs if env_id.lower() not in PARTICLES]
     about |= ({"engine": ENGINE} if battles else {}) | {"results": []}
