@@ -19,7 +19,7 @@ By default also, to win in less time (docs/dop_stochastic.md), unlike `--setting
 5. more games; the critic takes minibatches, at another learning rate; epsilon falls sooner;
 6. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 7. the local critics share their two layers and start at zero, and the actor waits for them;
-8. a bonus for entropy keeps the policies from saturating, and lets the actor learn twice as fast.
+8. a pull to uniform policies keeps the softmax from saturating, and lets the actor learn twice as fast.
 """
 
 import copy
@@ -72,7 +72,7 @@ class Args:
     tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"
     actor_gradient: Literal["expected", "sampled"] = "expected"  # of Eq. 9: over all own actions, or one
     actor_loss_mean: Literal["steps", "agents"] = "steps"  # mean over steps, or agents too (official code)
-    entropy_coef: float = 0.05  # weight of the policies' mean entropy in the actor's loss (0 in [DOP])
+    uniform_coef: float = 0.007  # weight of the pull to uniform policies in the actor's loss (0 in [DOP])
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
     epsilon_end: float = 0.05  # the same after the decay (Appendix G.1 of [DOP])
@@ -97,18 +97,18 @@ class Args:
 # setting or environment id -> what differs from the defaults
 PRESETS = {
     "paper": dict(
-        num_envs=4, actor_lr=5e-4, critic_lr=1e-4, actor_gradient="sampled", entropy_coef=0.0,
+        num_envs=4, actor_lr=5e-4, critic_lr=1e-4, actor_gradient="sampled", uniform_coef=0.0,
         separate_critics=True, epsilon_start=1.0, epsilon_steps=500_000, critic_updates=1, critic_warmup=0,
         target_period=8, total_timesteps=2_000_000,
     ),
     # the authors' code: 16 + 32 episodes in one mean, hence kappa, and a target every 600 critic steps
     "official": dict(
         num_envs=4, actor_lr=5e-4, critic_lr=1e-4, kappa=0.67, actor_gradient="sampled",
-        actor_loss_mean="agents", entropy_coef=0.0, separate_critics=True, epsilon_steps=500_000,
+        actor_loss_mean="agents", uniform_coef=0.0, separate_critics=True, epsilon_steps=500_000,
         critic_updates=0, critic_warmup=0, target_period=10, total_timesteps=2_000_000,
     ),
     "cdm": dict(
-        num_envs=4, actor_lr=5e-4, entropy_coef=0.0, critic_updates=1, total_timesteps=10_000,
+        num_envs=4, actor_lr=5e-4, uniform_coef=0.0, critic_updates=1, total_timesteps=10_000,
         epsilon_steps=5_000, eval_every=500, eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip
@@ -271,6 +271,16 @@ def sampled_policy_gradient_loss(k, q_values, pi, actions, mask):
     return -(k * log_pi_taken * advantage * mask.unsqueeze(-1)).sum() / mask.sum()
 
 
+def uniform_divergence(logits, avail_actions):
+    """KL(uniform, softmax) over legal actions, (...); both (..., A). Not of [DOP].
+
+    Its gradient, softmax - uniform, does not vanish where the softmax is sharp, as that of the entropy does.
+    """
+    log_pi = logits.masked_fill(~avail_actions, -1e9).log_softmax(-1)
+    n_legal = avail_actions.sum(-1).clamp_min(1)  # (...)
+    return -log_pi.masked_fill(~avail_actions, 0.0).sum(-1) / n_legal - n_legal.log()
+
+
 # ---- storage ----
 class Batch(NamedTuple):
     """Whole episodes, as long as the longest; behind its end one repeats its last step, and mask is False."""
@@ -378,7 +388,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
     on_valid = on.mask.nonzero_static(size=n_on).unbind(1)  # (M,), (M,)
 
     # actor; its forward pass also serves the on-policy targets
-    pi = policy(actor, on, epsilon)  # (n, T + 1, N, A)
+    logits = actor.unroll(on)  # (n, T + 1, N, A)
+    pi = epsilon_policy(logits, on.avail_actions, epsilon)  # (n, T + 1, N, A)
     entropy = -(pi * pi.clamp_min(1e-8).log()).sum(-1)[:, :-1][on_valid].mean()  # of steps and agents
     if train_actor:
         q_values, k, _ = evaluate_steps(critic, on.state[:, :-1], on.mask, n_on)
@@ -386,7 +397,8 @@ def update(args, actor, critic, critic_target, optimizers, batch, epsilon, gener
             actor_loss = expected_policy_gradient_loss(k, q_values, pi[:, :-1], on.mask)
         else:
             actor_loss = sampled_policy_gradient_loss(k, q_values, pi[:, :-1], on.actions, on.mask)
-        actor_loss = actor_loss - args.entropy_coef * entropy
+        uniform = uniform_divergence(logits[:, :-1][on_valid], on.avail_actions[:, :-1][on_valid]).mean()
+        actor_loss = actor_loss + args.uniform_coef * uniform
         if args.actor_loss_mean == "agents":
             actor_loss = actor_loss / actions.shape[2]
         logs = dict(actor_loss=actor_loss.detach(), grad_norm_actor=descend(optimizers[0], actor_loss, 20.0))

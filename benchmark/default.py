@@ -1,9 +1,10 @@
-"""docs/results/default/README.md: how DOP's entropy bonus, actor's rate and scale of the loss were chosen.
+"""docs/results/default/README.md: how DOP's pull to uniform policies, actor's rate and scale of the loss were
+chosen.
 
     python benchmark/default.py
 
 Reads the sets <name>_<map>.json there that run_seeds.py wrote, and of fig3 dop_mmm.json, which has the
-settings that became the default, and dop_mmm_no_bonus.json, which has the former ones.
+settings that became the default, and dop_mmm_bonus.json and dop_mmm_no_bonus.json, the former defaults.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
@@ -26,24 +27,25 @@ trial had used. Without a bonus and at the rate of 5e-4 the loss is what was the
 
 
 def settings(report):
-    """Bonus, rate of the actor and what the loss is a mean over; older runs had no bonus."""
-    found = {"entropy_coef": 0.0, "actor_loss_mean": "steps"} | report["settings"]
-    return found["entropy_coef"], found["actor_lr"], found["actor_loss_mean"]
+    """Pull, bonus, rate of the actor and what the loss is a mean over; a run without a setting had none."""
+    found = {"uniform_coef": 0.0, "entropy_coef": 0.0, "actor_loss_mean": "steps"} | report["settings"]
+    return tuple(found[name] for name in ("uniform_coef", "entropy_coef", "actor_lr", "actor_loss_mean"))
 
 
 def label(report):
-    """'bonus 0.05, rate 0.001, mean over steps'."""
-    bonus, rate, mean = settings(report)
-    return f"bonus {bonus:g}, rate {rate:g}, mean over {'steps' if mean == 'steps' else 'steps and agents'}"
+    """'pull 0.005, bonus 0, rate 0.001, mean over steps'."""
+    pull, bonus, rate, mean = settings(report)
+    over = "steps" if mean == "steps" else "steps and agents"
+    return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}"
 
 
 def rivals(maps):
-    """(map, steps set, agents set) where both have the settings that are now the default."""
+    """(map, steps set, agents set) where both have the settings that this was measured with."""
     for name, sets in maps.items():
         by_mean = {}
         for report in sets.values():
-            bonus, rate, mean = settings(report)
-            if (bonus, rate) == (0.05, 1e-3):
+            *rest, mean = settings(report)
+            if rest == [0.0, 0.05, 1e-3]:
                 by_mean[mean] = report
         if len(by_mean) == 2:
             yield name, by_mean["steps"], by_mean["agents"]
@@ -68,8 +70,9 @@ def main(argv=None):
     reports, maps = load_sets("default"), {}
     for report in reports.values():
         maps.setdefault(report["env"], {})[label(report)] = report
-    chosen, former = (load_sets("fig3")[name] for name in ("dop_mmm", "dop_mmm_no_bonus"))
-    maps.setdefault("mmm", {}).update({label(report): report for report in (chosen, former)})
+    names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus")
+    chosen, bonus, former = (load_sets("fig3")[name] for name in names)
+    maps.setdefault("mmm", {}).update({label(report): report for report in (chosen, bonus, former)})
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)

@@ -243,8 +243,8 @@ def test_the_actors_loss_is_a_mean_over_steps_or_over_agents_too(actor_gradient)
     torch.testing.assert_close(over_steps, N * over_both)
 
 
-def test_entropy_is_the_mean_over_steps_and_agents_and_its_weight_enters_the_actors_loss():
-    plain, parts = iterate(learner(entropy_coef=0.0)), learner(entropy_coef=0.3)
+def test_entropy_is_the_mean_over_steps_and_agents():
+    parts = learner()
     args, actor, batch = parts[0], parts[1], parts[-1]
     with torch.no_grad():
         pi = dop.policy(actor, dop.Batch(*(x[: args.on_policy_batch] for x in batch)), 0.3)
@@ -252,9 +252,32 @@ def test_entropy_is_the_mean_over_steps_and_agents_and_its_weight_enters_the_act
         -sum(p * math.log(p) for p in pi[b, t, i].tolist() if p > 0)
         for b in range(args.on_policy_batch) for t in range(batch.length[b]) for i in range(N)
     ]  # fmt: skip
-    logs = iterate(parts)
-    torch.testing.assert_close(logs["entropy"].item(), sum(entropies) / len(entropies), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logs["actor_loss"], plain["actor_loss"] - 0.3 * logs["entropy"])
+    entropy = iterate(parts)["entropy"].item()
+    assert entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+def test_the_pull_to_uniform_policies_is_a_mean_over_steps_and_agents_of_the_actors_loss():
+    plain, parts = iterate(learner(uniform_coef=0.0)), learner(uniform_coef=0.3)
+    args, actor, batch = parts[0], parts[1], parts[-1]
+    with torch.no_grad():
+        softmax = dop.policy(actor, dop.Batch(*(x[: args.on_policy_batch] for x in batch)), 0.0)
+    divergences = []
+    for b in range(args.on_policy_batch):
+        for t in range(batch.length[b]):
+            for i in range(N):
+                legal = softmax[b, t, i][batch.avail_actions[b, t, i]].tolist()
+                divergences.append(sum(math.log(1 / len(legal) / p) for p in legal) / len(legal))
+    expected = 0.3 * sum(divergences) / len(divergences)
+    torch.testing.assert_close(iterate(parts)["actor_loss"], plain["actor_loss"] + expected)
+
+
+def test_the_pull_to_uniform_policies_does_not_vanish_where_the_softmax_is_sharp():
+    logits = torch.tensor([60.0, 0.0, -60.0, 5.0], requires_grad=True)
+    legal = torch.tensor([True, True, True, False])
+    dop.uniform_divergence(logits, legal).backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([2 / 3, -1 / 3, -1 / 3, 0.0]))
+    alone = torch.tensor([False, True, False, False])  # a dead agent has one action, and nothing to choose
+    assert dop.uniform_divergence(logits.detach(), alone) == 0
 
 
 def test_the_critic_can_step_once_per_time_step(monkeypatch):
@@ -327,7 +350,7 @@ def test_critics_of_another_kind_cannot_go_on(run):
 def test_numbers_of_the_official_code(parse):
     args = parse("--setting", "official")
     assert (args.num_envs, args.critic_lr, args.critic_updates) == (4, 1e-4, 0)
-    assert args.actor_loss_mean == "agents" and args.entropy_coef == 0
+    assert args.actor_loss_mean == "agents" and args.uniform_coef == 0
     assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (0.5, 0.05, 500_000)
 
 
@@ -335,5 +358,5 @@ def test_numbers_of_the_paper(parse):
     args = parse("--setting", "paper")
     numbers = (args.num_envs, args.critic_lr, args.actor_lr, args.epsilon_start, args.epsilon_steps)
     assert numbers == (4, 1e-4, 5e-4, 1.0, 500_000)  # Appendix G.1 of [DOP]
-    assert args.entropy_coef == 0
+    assert args.uniform_coef == 0
     assert args.separate_critics and not parse("--setting", "paper", "--no-separate-critics").separate_critics
