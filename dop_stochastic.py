@@ -72,7 +72,7 @@ class Args:
     tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"
     actor_gradient: Literal["expected", "sampled"] = "expected"  # of Eq. 9: over all own actions, or one
     actor_loss_mean: Literal["steps", "agents"] = "steps"  # mean over steps, or agents too (official code)
-    uniform_coef: float = 0.007  # weight of the pull to uniform policies in the actor's loss (0 in [DOP])
+    uniform_coef: float = 0.01  # weight of the pull to uniform policies in the actor's loss (0 in [DOP])
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
     epsilon_end: float = 0.05  # the same after the decay (Appendix G.1 of [DOP])

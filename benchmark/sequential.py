@@ -9,42 +9,42 @@ Reads the files <algorithm>_<task>_<agents>.json there that run_seeds.py wrote f
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import common
 from benchmark.common import load_sets, markdown_table, no_arguments, sources, write_page
-from benchmark.particles import last_fifths
+from benchmark.particles import SOLVED, last_fifths, outcomes
 from benchmark.plot import draw_panels
-from benchmark.stats import NOTE, between, improvement, iqm_of
-from envs import make
+from benchmark.stats import NOTE, iqm_of, success_rate
+from envs import evaluate, make
 
 ALGORITHMS = {"masql": "MASQL", "maddpg": "MADDPG"}
 CLAIM = """The paper leaves open how its sampler of joint actions does in sequential games, and expects that
 the dimension of the joint action, which grows with the agents, will be its limit."""
-LEGEND = f"""Returns and win rates are greedy (zero noise), means over the evaluations after 80% of the steps,
-as IQM over seeds. Random: uniform forces, mean of 1024 games. P: the probability that a run of MASQL has a
-higher return than one of MADDPG. Both have the settings of their `PRESETS` for the task, whatever the number
-of agents; MASQL's are no more than a guess, as no paper has any, and it makes a third of MADDPG's updates or
-less, each of which costs ten of them.
+LEGEND = f"""Returns are greedy (zero noise), means over the evaluations after 80% of the steps, as IQM over
+seeds; a seed wins at the end if its last evaluation wins {SOLVED:g} of the games. Random: uniform forces.
+Both algorithms have the settings of their `PRESETS` for the task, whatever the number of agents. MASQL's are
+no more than a guess, as no paper has any: it makes a third of MADDPG's updates, each of which costs ten of
+them. The stone of the mill weighs a tenth per agent, so that all teams together are equally strong.
 
 {NOTE}"""
 
 
-def random_return(env, games=1024):
-    """Mean return of uniform forces."""
-    env, generator = make(env, games, seed=0, actions="continuous", validate=False), torch.Generator()
-    generator.manual_seed(0)
-    env.reset()
-    returns, first = torch.zeros(games), torch.ones(games, dtype=torch.bool)  # of each game's first episode
-    while first.any():
-        forces = 2 * torch.rand(games, *env.single_action_space.shape, generator=generator) - 1
-        _, _, terminated, truncated, info = env.step(forces)
-        ended = (terminated | truncated) & first
-        returns[ended] = info["episode_return"][ended].float()
-        first &= ~ended
-    return returns.mean().item()
+def random_return(env):
+    """Mean return of uniform forces in 1024 games."""
+    env, generator = make(env, 1024, seed=0, actions="continuous", validate=False), torch.Generator()
+    shape, generator = (env.num_envs, *env.single_action_space.shape), generator.manual_seed(0)
+    forces = lambda *_: (2 * torch.rand(shape, generator=generator) - 1, None)  # noqa: E731
+    return evaluate(env, forces)["episodic_return"]
+
+
+def cells(report):
+    """Seeds, return, and how many seeds win at the end, of a set of runs that may be missing."""
+    if report is None:
+        return ["-"] * 3
+    won = success_rate(outcomes(report)[1]) if "eval/win_rate" in report["runs"][0]["curves"] else "-"
+    return [len(report["runs"]), iqm_of(last_fifths(report, "eval/episodic_return")), won]
 
 
 def main(argv=None):
@@ -55,36 +55,23 @@ def main(argv=None):
         tasks.setdefault((task, int(agents)), {})[algorithm] = report
     if not tasks:
         sys.exit("sequential.py: docs/results/masql_sequential has no <algorithm>_<task>_<agents>.json yet")
-    panels, rows, ahead = {}, [], {}
+    panels, rows, told = {}, [], []
     for (task, agents), sets in sorted(tasks.items()):
         panels[f"{task}, {agents} agents"] = {ALGORITHMS[x]: sets[x] for x in ALGORITHMS if x in sets}
-        env = next(iter(sets.values()))["env"]
-        row, returns = [task, agents], {}
-        for algorithm in ALGORITHMS:
-            if algorithm not in sets:
-                row += ["-"] * 4
-                continue
-            returns[algorithm] = last_fifths(sets[algorithm], "eval/episodic_return")
-            rates = "-" if task == "spread" else iqm_of(last_fifths(sets[algorithm], "eval/win_rate"))
-            facts = sets[algorithm]["runs"]
-            row += [len(facts), f"{facts[0]['summary']['steps']:,}", iqm_of(returns[algorithm]), rates]
-        row.insert(2, f"{random_return(env):.1f}")
-        if len(returns) == 2:
-            both = [np.array(returns[x])[:, None] for x in ALGORITHMS]
-            row.append(between(improvement, *both))
-            ahead.setdefault(improvement(*both)[0] > 0.5, []).append(f"{task} with {agents}")
-        else:
-            row.append("-")
-        rows.append(row)
+        masql, maddpg = (cells(sets.get(x)) for x in ALGORITHMS)
+        known = next(iter(sets.values()))
+        steps = f"{min(x['summary']['steps']['min'] for x in sets.values()):,}"
+        rows.append([task, agents, steps, f"{random_return(known['env']):.1f}", *masql, *maddpg])
+        if "-" not in (masql[2], maddpg[2]):
+            ours, theirs = (x.split(" (")[0] for x in (masql[2], maddpg[2]))
+            told.append(f"{agents} agents on {task}: {ours} ({theirs})")
     draw_panels(panels, common.RESULTS / "masql_sequential" / "return.png", "eval/episodic_return")
-    columns = [f"{label}: {x}" for label in ALGORITHMS.values() for x in ("seeds", "steps", "return", "wins")]
-    answer = f"""MASQL is more often ahead of MADDPG on {", ".join(ahead.get(True, ["no task"]))}; it is not on
-{", ".join(ahead.get(False, ["no task"]))} (agents)."""
-    table = markdown_table(["task", "agents", "random", *columns, "P"], rows)
-    title = "MASQL in sequential games"
+    answer = f"Seeds of MASQL that win at the end, and of MADDPG in brackets: {'; '.join(told) or 'not run'}."
+    columns = [f"{name}: {x}" for name in ALGORITHMS.values() for x in ("seeds", "return", "win at the end")]
+    table = markdown_table(["task", "agents", "steps", "random", *columns], rows)
     command = "Written by `python benchmark/sequential.py`."
     parts = ["![greedy return](return.png)", table, LEGEND, command, sources("masql_sequential", reports)]
-    write_page("masql_sequential", title, CLAIM, answer, *parts)
+    write_page("masql_sequential", "MASQL in sequential games", CLAIM, answer, *parts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from benchmark import cdm, common, diffs, quadratic, report, smac, stats
+from benchmark import cdm, common, diffs, quadratic, report, sequential, smac, stats
 
 pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
 
@@ -172,6 +172,36 @@ def test_quadratic_tables(results, capsys):
     assert f"| {none} | {none} | 0 of 50 |" in text and f"MASQL in {two}, MADDPG in {none}" in text
     assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
     assert f"| exponential | {two} | - |" in text and f"| linear | - | {one} |" in text
+
+
+def test_quadratic_readings_have_a_table_of_their_own(results, capsys):
+    run = {"charts/episodic_return": ([100], [990.0]), "eval/episodic_return": ([100], [990.0])}
+    settings = dict(annealing="exponential", alpha_start=1.0)
+    for name in ("masql", "masql_bound_20"):
+        write_set(results / "masql_fig3", name, run, env="quadratic", engine=None, settings=settings)
+    quadratic.main([])
+    text, one = (results / "masql_fig3" / "README.md").read_text(), stats.success_rate([True])
+    assert f"| `python masql_bound_20` | {one} | {one} |" in text and f"| exponential | {one} |" in text
+
+
+def test_sequential_counts_seeds_that_win_at_the_end(results, capsys):
+    def write(name, env, *ends):
+        runs = [{"eval/episodic_return": ([5, 10], [0.0, 40 * x]), "eval/win_rate": ([5, 10], [0.0, x])}
+                for x in ends]  # fmt: skip
+        write_set(results / "masql_sequential", name, *runs, env=env, engine=None)
+
+    with pytest.raises(SystemExit, match="no <algorithm>_<task>_<agents>"):
+        sequential.main([])
+    write("masql_mill_2", "mill,n_agents=2,mass=0.2", 1.0, 0.5)
+    write("maddpg_mill_2", "mill,n_agents=2,mass=0.2", 1.0)
+    write("masql_mill_10", "mill", 0.0)
+    sequential.main([])
+    text = (results / "masql_sequential" / "README.md").read_text()
+    two, one = stats.success_rate([True, False]), stats.success_rate([True])
+    assert "2 agents on mill: 1 of 2 (1 of 1).\n" in text and text.index("| mill | 2 |") < text.index(
+        "| mill | 10 |"
+    )
+    assert f"| 2 | 30.00 [20.00, 40.00] | {two} | 1 | 40.00 | {one} |" in text and "| - | - | - |" in text
 
 
 def test_diffs_count_lines(results, monkeypatch, capsys):
