@@ -32,7 +32,7 @@ def test_masql_finds_the_better_optimum_and_maddpg_the_other(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["coma.py", "qmix.py"])
+@pytest.mark.parametrize("name", ["dop_stochastic.py", "coma.py", "qmix.py"])
 def test_learns_to_win_3m(name, tmp_path):
     out = output(f"{name} --env 3m --total-timesteps 200000 --eval-every 10000", tmp_path)
     win_rates = [float(x) for x in re.findall(r"win_rate (\d\.\d+)", out)]
