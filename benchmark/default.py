@@ -83,12 +83,13 @@ def main(argv=None):
         if name == f"dop_{report['env']}" and settings(report) == settings(chosen):
             seeds, steps = reached(report)
             told.append(f"{report['env']} {seeds.split(' (')[0]} (median {steps} steps)")
-    with_bonus, (on_3m, _) = reached(bonus), reached(load_sets("fig3")["dop_3m_bonus"])
+    (mmm, sooner), (on_3m, _) = reached(bonus), reached(load_sets("fig3")["dop_3m_bonus"])
+    mmm, on_3m = (x.split(" (")[0] for x in (mmm, on_3m))
     text = f"""Seeds that reach a greedy win rate of {TARGET:g} with the default settings: {", ".join(told)}.
-    With the bonus instead: mmm {with_bonus[0].split(" (")[0]} (median {with_bonus[1]} steps), 3m
-    {on_3m.split(" (")[0]}; with neither, on MMM: {reached(former)[1]} steps ({len(former["runs"])} seeds). A run with the mean over steps is better
-    than one with the mean over steps and agents with probability {greedy} by the greedy win rate,
-    {exploring} by the exploring one (measured with the bonus)."""
+    With the bonus instead: mmm {mmm} (median {sooner} steps), 3m {on_3m} within 200,000 steps; with neither
+    the median on MMM is {reached(former)[1]} steps ({len(former["runs"])} seeds). A run with the mean over
+    steps is better than one with the mean over steps and agents with probability {greedy} by the greedy win
+    rate, {exploring} by the exploring one (measured with the bonus)."""
     parts = ["## Scale of the actor's loss", table]
     for name, sets in maps.items():
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]
