@@ -34,11 +34,11 @@ replay and rates {equal_maddpg}, deterministic DOP with them {equal_dop_determin
 READING = """Either is enough: a decomposed critic, even with next to no replay (on-policy DOP draws from the
 latest 32 episodes), or replay, even without decomposition (MADDPG). Without both (COMA, also with as many
 iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or lost in a third of the seeds
-and more. Not to leave it even once is what decomposed values show under protocol guided (DOP's critics, QMIX's
-mixing), but with equal replay and rates MADDPG leaves it less often than deterministic DOP, whose preset has
-slower actors: between these two it is the rates that decide. Networks and batches are each method's own. The
-sets of DOP, COMA and QMIX have DOP's replay and rates under both protocols; those of the other two under
-"equal" were cut off by time, whatever their outcome.
+and more. Not to leave it even once is what decomposed values show under protocol guided (DOP's critics,
+QMIX's mixing), but with equal replay and rates MADDPG leaves it less often than deterministic DOP, whose
+preset has slower actors: between these two it is the rates that decide. Networks and batches are each
+method's own. The sets of DOP, COMA and QMIX have DOP's replay and rates under both protocols; those of the
+other two under "equal" were cut off by time, whatever their outcome.
 Episodes have one step, so tree backup and TD(lambda) are not exercised."""
 LEGEND = f"""An evaluation returns 10 or -10. Found: 10 in at least one. Held: 10 in each of the last {LAST}.
 Lost: found and not held. Never left: 10 in each evaluation after the first with 10. Numbers of seeds, with
