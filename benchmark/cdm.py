@@ -37,8 +37,8 @@ iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or l
 and more. Not to leave it even once is what decomposed values show under protocol guided (DOP's critics,
 QMIX's mixing), but with equal replay and rates MADDPG leaves it less often than deterministic DOP, whose
 preset has slower actors: between these two it is the rates that decide. Networks and batches are each
-method's own. The sets of DOP, COMA and QMIX have DOP's replay and rates under both protocols; those of the
-other two under "equal" were cut off by time, whatever their outcome.
+method's own. Under "equal" DOP, QMIX and COMA, which has no replay, would have what their presets say, so
+that their sets of "guided" stand for both; the other two were cut off by time, whatever their outcome.
 Episodes have one step, so tree backup and TD(lambda) are not exercised."""
 LEGEND = f"""An evaluation returns 10 or -10. Found: 10 in at least one. Held: 10 in each of the last {LAST}.
 Lost: found and not held. Never left: 10 in each evaluation after the first with 10. Numbers of seeds, with
@@ -99,7 +99,7 @@ def main(argv=None):
         env = next(iter(methods.values()))["env"]
         draw(methods, common.RESULTS / "fig1" / f"{protocol}.png")
         table = markdown_table(["", "held", "found", "lost", "never left"], rows)
-        told = PROTOCOLS.get(protocol, "")
+        told = PROTOCOLS.get(protocol, "settings as in the commands below")
         parts += [f"## Protocol {protocol}", f"`{env}`; {told}.", f"![{protocol}]({protocol}.png)", table]
     names = [*METHODS, *(f"equal_{name}" for name in METHODS)]
     answer = ANSWER.format(**dict.fromkeys(names, "not run") | cells)

@@ -69,27 +69,29 @@ def scale_table(maps):
 
 def main(argv=None):
     no_arguments(__doc__, argv)
-    reports, maps = load_sets("default"), {}
+    reports, fig3, maps = load_sets("default"), load_sets("fig3"), {}
     for report in reports.values():
         maps.setdefault(report["env"], {})[label(report)] = report
-    names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus")
-    chosen, bonus, former = (load_sets("fig3")[name] for name in names)
+    names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus")
+    if missing := [name for name in names if name not in fig3]:
+        sys.exit(f"default.py: docs/results/fig3 has no {', '.join(missing)} yet")
+    chosen, bonus, former, bonus_3m = (fig3[name] for name in names)
     maps.setdefault("mmm", {}).update({label(report): report for report in (chosen, bonus, former)})
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
     told = []
-    for name, report in load_sets("fig3").items():
+    for name, report in fig3.items():
         if name == f"dop_{report['env']}" and settings(report) == settings(chosen):
             seeds, steps = reached(report)
             told.append(f"{report['env']} {seeds.split(' (')[0]} (median {steps} steps)")
-    (mmm, sooner), (on_3m, _) = reached(bonus), reached(load_sets("fig3")["dop_3m_bonus"])
+    (mmm, sooner), (on_3m, _) = reached(bonus), reached(bonus_3m)
     mmm, on_3m = (x.split(" (")[0] for x in (mmm, on_3m))
     text = f"""Seeds that reach a greedy win rate of {TARGET:g} with the default settings: {", ".join(told)}.
-    With the bonus instead: mmm {mmm} (median {sooner} steps), 3m {on_3m} within 200,000 steps; with neither
-    the median on MMM is {reached(former)[1]} steps ({len(former["runs"])} seeds). A run with the mean over
-    steps is better than one with the mean over steps and agents with probability {greedy} by the greedy win
-    rate, {exploring} by the exploring one (measured with the bonus)."""
+    With the bonus instead: mmm {mmm} (median {sooner} steps), 3m {on_3m} within {length(bonus_3m):,} steps;
+    with neither the median on MMM is {reached(former)[1]} steps ({len(former["runs"])} seeds). A run with the
+    mean over steps is better than one with the mean over steps and agents with probability {greedy} by the
+    greedy win rate, {exploring} by the exploring one (measured with the bonus)."""
     parts = ["## Scale of the actor's loss", table]
     for name, sets in maps.items():
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]

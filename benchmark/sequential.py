@@ -25,17 +25,20 @@ the dimension of the joint action, which grows with the agents, will be its limi
 LEGEND = f"""Returns are greedy (zero noise), means over the evaluations after 80% of the steps, as IQM over
 seeds; a seed wins at the end if its last evaluation wins {SOLVED:g} of the games. Random: uniform forces.
 Both algorithms have the settings of their `PRESETS` for the task, whatever the number of agents. MASQL's are
-no more than a guess, as no paper has any: it makes a third of MADDPG's updates, each of which costs ten of
-them. The stone of the mill weighs a tenth per agent, so that all teams together are equally strong.
+no more than a guess, as no paper has any: a third of MADDPG's updates, which are dearer. The stone of the
+mill weighs a tenth per agent, so that all teams together are equally strong.
 
 {NOTE}"""
 
 
 def random_return(env):
     """Mean return of uniform forces in 1024 games."""
-    env, generator = make(env, 1024, seed=0, actions="continuous", validate=False), torch.Generator()
-    shape, generator = (env.num_envs, *env.single_action_space.shape), generator.manual_seed(0)
-    forces = lambda *_: (2 * torch.rand(shape, generator=generator) - 1, None)  # noqa: E731
+    env, generator = make(env, 1024, actions="continuous", validate=False), torch.Generator().manual_seed(0)
+
+    def forces(*_):
+        shape = (env.num_envs, *env.single_action_space.shape)  # (B, N, D)
+        return 2 * torch.rand(shape, generator=generator) - 1, None
+
     return evaluate(env, forces)["episodic_return"]
 
 
