@@ -2,9 +2,10 @@
 
     python benchmark/report.py
 
-Calls the scripts of the figures (cdm.py, smac.py, default.py, particles.py, quadratic.py, sequential.py),
-writes the pages of engine/ and scripted/ from what throughput.py, training_speed.py, update_speed.py and
-scripted.py measured, and README.md from the first lines of every page; `--index` writes README.md only."""
+Calls the scripts of the figures (cdm.py, smac.py, default.py, settings.py, particles.py, quadratic.py,
+sequential.py), writes the pages of engine/ and scripted/ from what throughput.py, training_speed.py,
+update_speed.py and scripted.py measured, and README.md from the first lines of every page; `--index` writes
+README.md only."""
 
 import argparse
 import json
@@ -21,6 +22,7 @@ from benchmark import (
     quadratic,
     scripted,
     sequential,
+    settings,
     smac,
     throughput,
     training_speed,
@@ -107,7 +109,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--index", action="store_true", help="write README.md only")
     if not parser.parse_args(argv).index:
-        for script in (cdm, smac, default, particles, quadratic, sequential):
+        for script in (cdm, smac, default, settings, particles, quadratic, sequential):
             script.main([])
         engine(load("engine"))
         teams(load("scripted"))

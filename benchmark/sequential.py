@@ -19,14 +19,15 @@ from benchmark.plot import draw_panels
 from benchmark.stats import NOTE, iqm_of, success_rate
 from envs import evaluate, make
 
-ALGORITHMS = {"masql": "MASQL", "maddpg": "MADDPG"}
+ALGORITHMS = {"masql": "MASQL", "masql-updates": "MASQL, more updates", "maddpg": "MADDPG"}
 CLAIM = """The paper leaves open how its sampler of joint actions does in sequential games, and expects that
 the dimension of the joint action, which grows with the agents, will be its limit."""
 LEGEND = f"""Returns are greedy (zero noise), means over the evaluations after 80% of the steps, as IQM over
 seeds; a seed wins at the end if its last evaluation wins {SOLVED:g} of the games. Random: uniform forces.
 Both algorithms have the settings of their `PRESETS` for the task, whatever the number of agents. MASQL's are
-no more than a guess, as no paper has any: a third of MADDPG's updates, which are dearer. The stone of the
-mill weighs a tenth per agent, so that all teams together are equally strong.
+no more than a guess, as no paper has any: a third of MADDPG's updates (a sixth on aggregation), which are
+dearer; with more updates it has as many. The stone of the mill weighs a tenth per agent, so that all teams
+together are equally strong.
 
 {NOTE}"""
 
@@ -42,14 +43,6 @@ def random_return(env):
     return evaluate(env, forces)["episodic_return"]
 
 
-def cells(report):
-    """Seeds, return, and how many seeds win at the end, of a set of runs that may be missing."""
-    if report is None:
-        return ["-"] * 3
-    won = success_rate(outcomes(report)[1]) if "eval/win_rate" in report["runs"][0]["curves"] else "-"
-    return [len(report["runs"]), iqm_of(last_fifths(report, "eval/episodic_return")), won]
-
-
 def main(argv=None):
     no_arguments(__doc__, argv)
     reports, tasks = load_sets("masql_sequential"), {}
@@ -60,18 +53,24 @@ def main(argv=None):
         sys.exit("sequential.py: docs/results/masql_sequential has no <algorithm>_<task>_<agents>.json yet")
     panels, rows, told = {}, [], []
     for (task, agents), sets in sorted(tasks.items()):
-        panels[f"{task}, {agents} agents"] = {ALGORITHMS[x]: sets[x] for x in ALGORITHMS if x in sets}
-        masql, maddpg = (cells(sets.get(x)) for x in ALGORITHMS)
-        known = next(iter(sets.values()))
-        steps = f"{min(x['summary']['steps']['min'] for x in sets.values()):,}"
-        rows.append([task, agents, steps, f"{random_return(known['env']):.1f}", *masql, *maddpg])
-        if "-" not in (masql[2], maddpg[2]):
-            ours, theirs = (x.split(" (")[0] for x in (masql[2], maddpg[2]))
-            told.append(f"{agents} agents on {task}: {ours} ({theirs})")
+        sets = {label: sets[name] for name, label in ALGORITHMS.items() if name in sets}
+        panels[f"{task}, {agents} agents"], ends = sets, {}
+        for label, report in sets.items():
+            curves, won = report["runs"][0]["curves"], "-"
+            mean = ends[label] = iqm_of(last_fifths(report, "eval/episodic_return"))
+            if "eval/win_rate" in curves:
+                won = success_rate(outcomes(report)[1])
+                ends[label] = won.split(" (")[0]
+            steps = f"{report['summary']['steps']['min']:,}"
+            rows.append([task, agents, label, len(report["runs"]), steps, mean, won])
+        random = random_return(next(iter(sets.values()))["env"])
+        rows.append([task, agents, "random forces", "-", "-", f"{random:.2f}", "-"])
+        if {"MASQL", "MADDPG"} <= ends.keys():
+            told.append(f"{agents} agents on {task}: {ends['MASQL']} ({ends['MADDPG']})")
     draw_panels(panels, common.RESULTS / "masql_sequential" / "return.png", "eval/episodic_return")
-    answer = f"Seeds of MASQL that win at the end, and of MADDPG in brackets: {'; '.join(told) or 'not run'}."
-    columns = [f"{name}: {x}" for name in ALGORITHMS.values() for x in ("seeds", "return", "win at the end")]
-    table = markdown_table(["task", "agents", "steps", "random", *columns], rows)
+    answer = f"""Seeds of MASQL that win at the end (on spread, where nobody wins, the return), and of MADDPG
+    in brackets: {"; ".join(told) or "not run"}."""
+    table = markdown_table(["task", "agents", "", "seeds", "steps", "return", "win at the end"], rows)
     command = "Written by `python benchmark/sequential.py`."
     parts = ["![greedy return](return.png)", table, LEGEND, command, sources("masql_sequential", reports)]
     write_page("masql_sequential", "MASQL in sequential games", CLAIM, answer, *parts)

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from benchmark import cdm, common, diffs, quadratic, report, sequential, smac, stats
+from benchmark import cdm, common, diffs, quadratic, report, sequential, settings, smac, stats
 
 pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
 
@@ -199,8 +199,28 @@ def test_sequential_counts_seeds_that_win_at_the_end(results, capsys):
     text = (results / "masql_sequential" / "README.md").read_text()
     two, one = stats.success_rate([True, False]), stats.success_rate([True])
     assert "2 agents on mill: 1 of 2 (1 of 1).\n" in text
-    assert text.index("| mill | 2 |") < text.index("| mill | 10 |")
-    assert f"| 2 | 30.00 [20.00, 40.00] | {two} | 1 | 40.00 | {one} |" in text and "| - | - | - |" in text
+    assert text.index("| mill | 2 | MADDPG |") < text.index("| mill | 10 | MASQL |")
+    assert f"| mill | 2 | MASQL | 2 | 10 | 30.00 [20.00, 40.00] | {two} |" in text
+    assert f"| mill | 2 | MADDPG | 1 | 10 | 40.00 | {one} |" in text
+    assert "| mill | 2 | random forces |" in text
+
+
+def test_settings_stand_beside_the_defaults(results, capsys):
+    with pytest.raises(SystemExit, match="no <setting>_<algorithm>_<task>"):
+        settings.main([])
+    write_set(results / "settings", "paper_dop_3m", smac_run(0.0, 0.95, 1.0, exploring=0.5))
+    write_set(results / "settings", "paper_dop_deterministic_mill", smac_run(0.0, exploring=0.0), env="mill")
+    write_set(results / "fig3", "dop_3m", smac_run(0.95, 1.0, exploring=0.5))
+    write_set(results / "fig4", "dop_mill", smac_run(1.0, exploring=0.5), env="mill")
+    settings.main([])
+    text = (results / "settings" / "README.md").read_text()
+    assert "DOP, paper, on 3m: 1 of 1 within 3,000 steps, after 2,000 steps in the median; " in text
+    assert "deterministic DOP, paper, on mill: 0 of 1 within 1,000 steps." in text
+    assert "| DOP, default | 1 | 1.00 | 0.50 | 2,000 |" in text
+    assert text.index("## mill") < text.index("| deterministic DOP, default | 1 | 1.00 |")
+    write_set(results / "settings", "other_dop_3m", smac_run(0.0))
+    with pytest.raises(SystemExit, match="other_dop_3m.json is no"):
+        settings.main([])
 
 
 def test_diffs_count_lines(results, monkeypatch, capsys):

@@ -1,0 +1,76 @@
+"""docs/results/settings/README.md: settings of the papers and of their authors' codes at full length.
+
+    python benchmark/settings.py
+
+Reads the sets <setting>_<algorithm>_<task>.json there that run_seeds.py wrote, and of fig3 and fig4 the sets
+of the same algorithm and task with its default settings.
+[DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import common
+from benchmark.common import load_sets, no_arguments, sources, write_page
+from benchmark.plot import draw_panels
+from benchmark.smac import LEGEND, TAGS, TARGET, length, reached, table_of
+
+SETTINGS = ("paper", "official", "appendix", "published")
+ALGORITHMS = {
+    "dop": "DOP", "coma": "COMA", "qmix": "QMIX", "maac": "MAAC", "dop_deterministic": "deterministic DOP",
+}  # fmt: skip
+CLAIM = """The settings of the papers and of their authors' codes (`--setting`; for MAAC flags, below), which
+were made for StarCraft II and for 2,000,000 steps, learn in this repository too."""
+HOW = """A figure's curve of one seed has no band. The defaults are sets of [fig3](../fig3/README.md) and
+[fig4](../fig4/README.md) with seeds of their own."""
+
+
+def defaults(task):
+    """{label: report} of the default settings on a task."""
+    known = {f"fig3/{name}": report for name, report in load_sets("fig3").items()}
+    known |= {f"fig4/{name}": report for name, report in load_sets("fig4").items()}
+    names = {x: f"fig3/{x}_{task}" for x in ALGORITHMS} | {
+        "maac": f"fig4/maac_{task}", "dop_deterministic": f"fig4/dop_{task}",
+    }  # fmt: skip
+    return {x: known[name] for x, name in names.items() if name in known}
+
+
+def main(argv=None):
+    no_arguments(__doc__, argv)
+    reports, tasks = load_sets("settings"), {}
+    for name, report in reports.items():
+        setting, rest = name.split("_", 1)
+        algorithm = rest.removesuffix(f"_{report['env']}")
+        if setting not in SETTINGS or algorithm not in ALGORITHMS:
+            sys.exit(f"settings.py: docs/results/settings/{name}.json is no <setting>_<algorithm>_<task>")
+        tasks.setdefault(report["env"], {}).setdefault(algorithm, {})[setting] = report
+    if not tasks:
+        sys.exit("settings.py: docs/results/settings has no <setting>_<algorithm>_<task>.json yet")
+    panels, tables, told = {}, [], []
+    for task, algorithms in tasks.items():
+        beside, rows = defaults(task), {}
+        for algorithm, sets in sorted(algorithms.items()):
+            label = ALGORITHMS[algorithm]
+            found = {f"{label}, {setting}": sets[setting] for setting in SETTINGS if setting in sets}
+            for name, report in found.items():
+                seeds, median = reached(report)
+                after = f", after {median} steps in the median" if median != "-" else ""
+                told.append(
+                    f"{name}, on {task}: {seeds.split(' (')[0]} within {length(report):,} steps{after}"
+                )
+            rows |= found | ({f"{label}, default": beside[algorithm]} if algorithm in beside else {})
+        tables += [f"## {task}", table_of(rows)]
+        panels[task] = rows
+    parts = []
+    for kind, tag in TAGS.items():
+        draw_panels(panels, common.RESULTS / "settings" / f"{kind}.png", tag)
+        parts.append(f"![win rates, {kind}]({kind}.png)")
+    text = f"Seeds that reach a greedy win rate of {TARGET:g}: {'; '.join(told)}."
+    parts += [*tables, "## How to read", HOW, LEGEND, "Written by `python benchmark/settings.py`."]
+    title = "Settings of the papers and of their authors' codes"
+    write_page("settings", title, CLAIM, text, *parts, sources("settings", reports))
+
+
+if __name__ == "__main__":
+    main()
