@@ -16,10 +16,10 @@ Differs from the paper:
 4. replayed observations and states are in half precision, to halve the memory.
 
 By default also, to win in less time (docs/dop_stochastic.md), unlike `--setting paper` and `official`:
-5. more games; the critic takes minibatches, at another learning rate; epsilon falls sooner;
+5. more games; the critic takes 8 minibatches, at another learning rate; epsilon falls sooner;
 6. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 7. the local critics share their two layers and start at zero, and the actor waits for them;
-8. a pull to uniform policies keeps the softmax from saturating, and lets the actor learn twice as fast.
+8. a pull to uniform policies keeps the softmax from saturating; the actor's learning rate is twice theirs.
 """
 
 import copy

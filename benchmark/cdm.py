@@ -31,15 +31,16 @@ with the same replay."""
 ANSWER = """In part: DOP holds the optimum at the end in {dop} seeds, where COMA misses or loses it ({coma}),
 but MADDPG with its replay holds it as well ({maddpg}; with a replay of 128 steps {maddpg_128}; with DOP's
 replay and rates {equal_maddpg}, deterministic DOP with them {equal_dop_deterministic}); MAAC: {maac}."""
-READING = """Either is enough: a decomposed critic, even with next to no replay (on-policy DOP draws from the
-latest 32 episodes), or replay, even without decomposition (MADDPG). Without both (COMA, also with as many
-iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or lost in a third of the seeds
-and more. Not to leave it even once is what decomposed values show under protocol guided (DOP's critics,
-QMIX's mixing), but with equal replay and rates MADDPG leaves it less often than deterministic DOP, whose
-preset has slower actors: between these two it is the rates that decide. Networks and batches are each
-method's own. Under "equal" DOP, QMIX and COMA, which has no replay, would have what their presets say, so
-that their sets of "guided" stand for both; the other two were cut off by time, whatever their outcome.
-Episodes have one step, so tree backup and TD(lambda) are not exercised."""
+READING = """Under protocol guided either is nearly enough: a decomposed critic, even with next to no replay
+(on-policy DOP draws from the latest 32 episodes), or replay, even without decomposition (MADDPG). Without
+both (COMA, also with as many iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or
+lost in a quarter of the seeds and more. Not to leave it even once is what decomposed values show under
+protocol guided (DOP's critics, QMIX's mixing), but with equal replay and rates MADDPG leaves it less often
+than deterministic DOP, whose preset has slower actors: between these two not the decomposition seems to
+decide but replay and rates, which were changed together. Networks, batches, discount, policy delay and the
+targets' share are each method's own. Under "equal" DOP, QMIX and COMA, which has no replay, would have what
+their presets say, so that their sets of "guided" stand for both; the other two were cut off by time,
+whatever their outcome. Episodes have one step, so tree backup and TD(lambda) are not exercised."""
 LEGEND = f"""An evaluation returns 10 or -10. Found: 10 in at least one. Held: 10 in each of the last {LAST}.
 Lost: found and not held. Never left: 10 in each evaluation after the first with 10. Numbers of seeds, with
 Wilson's 95% interval; so are the bands in the figure."""

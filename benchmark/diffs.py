@@ -36,6 +36,7 @@ def main(argv=None):
         lengths = ", ".join(f"{name} {len((ROOT / name).read_text().splitlines())} lines" for name in names)
         table = markdown_table(["", "only in the first", "only in the second", "in both"], rows)
         parts += [f"Learning from {family}: {lengths}.", table]
+    parts.append("Counted by Python's difflib; `diff` may count a few lines otherwise.")
     answer = f"Two files of a family have {min(shared)} to {max(shared)} lines in common."
     write_page(
         "diffs", "What the diff of two files shows", CLAIM, answer, *parts, describe(metadata(COMMAND))

@@ -38,6 +38,8 @@ TASKS["spread"] = ALGORITHMS | {
 }
 SOLVED = 0.95  # greedy win rate
 AGENTS, STEPS = 3, 25  # of spread
+DELAY = """MAAC's sets here are older than its preset's `--policy-delay 2`: they move policies and targets at
+every critic update, the other two at every second."""
 STIFFNESS, BRAKE = 8.0, 2.0  # of the assigned team's steering, the best of a coarse search
 
 
@@ -224,7 +226,7 @@ def write_fig4(tasks):
     for task, sets in tasks.items():
         parts += [f"## {task}", winning_table(sets)]
     games = {str(report["settings"]["eval_episodes"]) for report in reports.values()}
-    parts.append(LEGEND.format(games=" or ".join(sorted(games))))
+    parts += [LEGEND.format(games=" or ".join(sorted(games))), DELAY]
     credited = "not measured"
     if (place / "credit.json").exists():
         content = json.loads((place / "credit.json").read_text())

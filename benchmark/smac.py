@@ -32,8 +32,9 @@ TARGET = 0.9
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
 replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
 agents grow (12 seeds, nine maps, millions of steps of StarCraft II)."""
-ACROSS = """Across maps: IQM over all seeds and maps, and the probability that a run of DOP is better than
-one of the other method on the same map, at the steps that both have there:"""
+ACROSS = """Across maps: IQM over all seeds and maps, each map with the same weight, and the probability
+that a run of DOP is better than one of the other method on the same map, at the steps that both have
+there:"""
 LEGEND = f"""A score is the mean win rate of a seed after 80% of the steps: of greedy evaluations, or of the
 exploring policies while they train (each method explores in its own way, so that compares a method with
 itself). First at the steps that all sets of a table have; then, where some are longer, at a set's own end.
@@ -105,21 +106,20 @@ def row(label, report, limit, with_end):
     return [*cells, f"{statistics.median(ends):.2f}" if ends else "-"]
 
 
-def matrix(reports, kind, limits):
-    """Scores (R, M) of one method on M maps, of as many seeds as all of them have."""
-    columns = [scores(report, kind, limit) for report, limit in zip(reports, limits, strict=True)]
-    return np.array([column[: min(map(len, columns))] for column in columns]).T
+def columns(reports, kind, limits):
+    """Scores of one method on M maps: a list of M arrays, one number per seed."""
+    return [np.array(scores(report, kind, limit)) for report, limit in zip(reports, limits, strict=True)]
 
 
 # ---- parts of an engine ----
 def duels(maps):
-    """DOP against each other method on the maps of both: (label, number of maps, {kind: matrices}, steps)."""
+    """DOP against each other method on the maps of both: (label, number of maps, {kind: columns}, steps)."""
     for label in list(METHODS.values())[1:]:
         pairs = [(x["DOP"], x[label]) for x in maps.values() if "DOP" in x and label in x]
         if pairs:
             limits = [min(map(length, pair)) for pair in pairs]
             ours, theirs = zip(*pairs, strict=True)
-            both = {kind: (matrix(ours, kind, limits), matrix(theirs, kind, limits)) for kind in TAGS}
+            both = {kind: (columns(ours, kind, limits), columns(theirs, kind, limits)) for kind in TAGS}
             yield label, len(pairs), both, limits
 
 
@@ -127,7 +127,8 @@ def duel_table(maps):
     """A row per method that DOP is compared with."""
     rows = []
     for label, count, both, limits in duels(maps):
-        seeds = " and ".join(str(len(x)) for x in both["greedy"])
+        counts = [sorted({len(x) for x in maps}) for maps in both["greedy"]]
+        seeds = " and ".join(f"{x[0]} to {x[-1]}" if x[1:] else f"{x[0]}" for x in counts)
         cells = [between(iqm, x) for x in both["greedy"]]
         cells += [between(improvement, *both[kind]) for kind in TAGS]
         rows.append([label, count, f"{min(limits):,} to {max(limits):,}", seeds, *cells])
@@ -153,15 +154,21 @@ def answer(engine, maps):
 
 
 def profiled(maps):
-    """{label: scores (R, M)} of methods on the maps that all of them have, and these; few maps: left out."""
+    """{label: scores (R, M)} of methods on the maps that all of them have, and these; few maps: left out.
+
+    Of each method the first seeds, as many as it has on all of these maps.
+    """
     covered = {label: {name for name, x in maps.items() if label in x} for label in METHODS.values()}
     while covered and len(shared := set.intersection(*covered.values())) < 2:
         del covered[min(covered, key=lambda label: len(covered[label]))]
     if len(covered) < 2:
         return {}, []
     shared = [name for name in maps if name in shared]
-    limits = [min(length(maps[name][label]) for label in covered) for name in shared]
-    return {x: matrix([maps[name][x] for name in shared], "greedy", limits) for x in covered}, shared
+    limits, runs = [min(length(maps[name][label]) for label in covered) for name in shared], {}
+    for label in covered:
+        found = columns([maps[name][label] for name in shared], "greedy", limits)
+        runs[label] = np.stack([x[: min(map(len, found))] for x in found], axis=1)
+    return runs, shared
 
 
 def section(engine, maps):
@@ -180,7 +187,8 @@ def section(engine, maps):
     runs, shared = profiled(maps)
     if runs:
         draw_profile(runs, common.RESULTS / "fig3" / f"{prefix}profile.png", "greedy win rate")
-        parts.append(f"Performance profile over {', '.join(shared)}, at the steps that all have there:")
+        maps_of = f"Performance profile over {', '.join(shared)}, at the steps that all have there"
+        parts.append(f"{maps_of}, of each method's first seeds, as many as it has on each of these:")
         parts.append(f"![performance profile]({prefix}profile.png)")
     for name, reports in maps.items():
         parts += [f"### {name}{'' if engine == ENGINE else ', ' + prefix[:-1]}", table_of(reports)]

@@ -1,8 +1,11 @@
 """Statistics over runs by rliable and scipy: interquartile means, bootstrap intervals, rates of counts.
 
 [RL] Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021.
-A statistic takes scores (R, M, ...) of R runs (seeds) on M maps, and returns an array of at least 1-d.
+A statistic takes scores (R, M, ...) of R runs (seeds) on M maps, and returns an array of at least 1-d. Where
+maps have unlike numbers of runs, scores are a list of M arrays.
 """
+
+import math
 
 import numpy as np
 from scipy import stats
@@ -30,8 +33,18 @@ def improvement(x, y):
     return (wins + ties / 2).mean(keepdims=True)
 
 
+def even(columns):
+    """(R, M) of M arrays of unlike lengths: each is repeated until all are as long; maps count alike."""
+    runs = math.lcm(*map(len, columns))
+    return np.stack([np.tile(column, runs // len(column)) for column in columns], axis=1)
+
+
 def estimate(statistic, *scores):
     """A statistic of scores and its 95% interval: (...) and (2, ...), from runs resampled within each map."""
+    if isinstance(scores[0], list):  # rliable has no maps of unlike numbers of runs
+        draw = np.random.default_rng(0).choice
+        draws = [statistic(*(even([draw(x, len(x)) for x in maps]) for maps in scores)) for _ in range(REPS)]
+        return statistic(*map(even, scores)), np.percentile(draws, [2.5, 97.5], axis=0)
     from rliable import library  # takes seconds, and who only counts does without it
 
     np.random.seed(0)  # rliable draws from numpy's global generator
@@ -55,10 +68,11 @@ def above(scores, levels):
 
 def between(statistic, *scores, digits=2):
     """'0.83 [0.70, 0.91]': a statistic of one number; no interval of a single run, '-' of none."""
-    if not all(map(len, scores)):
+    runs = [len(x) for maps in scores for x in (maps if isinstance(maps, list) else [maps])]
+    if not all(runs):
         return "-"
     value, limits = estimate(statistic, *scores)
-    if max(map(len, scores)) == 1:
+    if max(runs) == 1:
         return f"{value[0]:.{digits}f}"
     return f"{value[0]:.{digits}f} [{limits[0, 0]:.{digits}f}, {limits[1, 0]:.{digits}f}]"
 

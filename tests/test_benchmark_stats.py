@@ -45,6 +45,20 @@ def test_strata_are_maps():
     assert limits.shape == (2, 7) and (limits[0] < limits[1]).all()
 
 
+def test_maps_of_unlike_numbers_of_runs():
+    """Each map counts alike, and numbers and intervals are rliable's where all have as many runs."""
+    x, y = [np.array([1.0, 2.0]), np.array([5.0])], [np.array([0.0, 1.0, 3.0]), np.array([5.0, 6.0, 4.0])]
+    value, limits = stats.estimate(stats.improvement, x, y)
+    assert value == pytest.approx([(3.5 / 6 + 1.5 / 3) / 2]) and limits[0] < value < limits[1]
+    assert stats.even(x).tolist() == [[1, 5], [2, 5]]
+    full = np.random.default_rng(5).normal(size=(8, 3))
+    (ours, our_limits), (theirs, their_limits) = (stats.estimate(stats.iqm, z) for z in (list(full.T), full))
+    assert ours == theirs
+    np.testing.assert_allclose(our_limits, their_limits, atol=0.1)
+    assert stats.between(stats.iqm, [np.array([]), np.array([1.0])]) == "-"
+    assert stats.between(stats.iqm, [np.array([2.0]), np.array([1.0])]) == "1.50"
+
+
 def test_cells():
     assert stats.iqm_of([0.25]) == "0.25" and stats.iqm_of([]) == "-"  # a single run has no interval
     assert stats.iqm_of([2.0, 2.0, 2.0], digits=1) == "2.0 [2.0, 2.0]"
