@@ -351,7 +351,7 @@ if __name__ == "__main__":
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    run = machine.open_folder(vars(args))
+    run, stop = machine.open_folder(vars(args)), machine.catch_signals()
 
     # ---- networks and storage ----
     generator = Stream(env.device).manual_seed(seeds[2])
@@ -378,7 +378,7 @@ if __name__ == "__main__":
         new_episodes, memory = 0, None
     if global_step + env.episode_limit * (needed - buffer.n_episodes) > args.total_timesteps:
         machine.say("this run may end before its first update: raise --total-timesteps")
-    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
+    log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()

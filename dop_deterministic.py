@@ -354,7 +354,7 @@ if __name__ == "__main__":
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    run = machine.open_folder(vars(args))
+    run, stop = machine.open_folder(vars(args)), machine.catch_signals()
 
     # ---- networks and storage ----
     generator = Stream(env.device).manual_seed(seeds[2])
@@ -376,7 +376,7 @@ if __name__ == "__main__":
     global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
         machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
-    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
+    log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()

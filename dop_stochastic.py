@@ -89,7 +89,7 @@ class Args:
     def __post_init__(self):
         machine.check_numbers(vars(self), critic_warmup=0, critic_updates=0)
         if self.on_policy_batch > self.on_policy_size or self.off_policy_batch > self.off_policy_size:
-            raise ValueError("a batch is larger than its buffer")
+            raise ValueError("--on-policy-batch or --off-policy-batch is larger than its buffer")
         if self.off_policy_size < max(self.on_policy_size, self.num_envs):
             raise ValueError("--off-policy-size is less than --on-policy-size or --num-envs")
 
@@ -458,7 +458,7 @@ if __name__ == "__main__":
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    run = machine.open_folder(vars(args))
+    run, stop = machine.open_folder(vars(args)), machine.catch_signals()
 
     # ---- networks and storage ----
     generator = Stream(env.device).manual_seed(seeds[2])
@@ -486,7 +486,7 @@ if __name__ == "__main__":
         new_episodes, memory = 0, None
     if global_step + env.episode_limit * (needed - buffer.n_episodes) > args.total_timesteps:
         machine.say("this run may end before its first update: raise --total-timesteps")
-    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
+    log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()

@@ -52,11 +52,11 @@ class Args:
     run_dir: str = "runs"  # folder of the run folders
 
     # Algorithm specific arguments
-    actor_lr: float = 1e-3  # learning rate of the policies (official code)
+    actor_lr: float = 1e-3  # learning rate of the policies (official code: 0.001)
     critic_lr: float = 1e-3  # learning rate of the critics (official code)
     critic_weight_decay: float = 1e-3  # L2 penalty on the critics' weights (official code)
-    gamma: float = 0.99  # discount (official code)
-    tau: float = 1e-3  # share of the live networks that enters the targets at an update (official code)
+    gamma: float = 0.99  # discount (official code: 0.99)
+    tau: float = 1e-3  # share of the live networks that enters the targets per update (official code: 0.001)
     alpha: float = 0.01  # temperature: weight of the entropy (official code: 1 / its reward_scale of 100)
     hidden_dim: int = 128  # units of a policy's two hidden layers (official code)
     critic_dim: int = 128  # units of the critics' encodings, heads together, hidden layers (official code)
@@ -65,8 +65,8 @@ class Args:
     logit_penalty: float = 1e-3  # weight of discrete actions' mean square logits in the loss (official code)
     max_grad_norm: float = 0.5  # norm that policies' gradients are clipped to (official code: each; 0: none)
     critic_max_grad_norm: float = 10.0  # the same of the critics, per agent (official code)
-    batch_size: int = 1024  # transitions per update (official code)
-    buffer_size: int = 1_000_000  # transitions in the replay buffer (official code)
+    batch_size: int = 1024  # transitions per update (official code: 1024)
+    buffer_size: int = 1_000_000  # transitions in the replay buffer (official code: 1,000,000)
     warmup_steps: int = 1_024  # environment steps before the first update, untrained (official code: a batch)
     update_every: int = 25  # environment steps per update of the critics (official code: 4 every 100 steps)
     policy_delay: int = 1  # critics' updates per update of policies and targets (2 in DOP's Appendix G.2)
@@ -392,7 +392,7 @@ if __name__ == "__main__":
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    run = machine.open_folder(vars(args))
+    run, stop = machine.open_folder(vars(args)), machine.catch_signals()
 
     # ---- networks and storage ----
     generator = Stream(env.device).manual_seed(seeds[2])
@@ -415,7 +415,7 @@ if __name__ == "__main__":
     global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
         machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
-    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
+    log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()

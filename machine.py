@@ -75,10 +75,11 @@ def open_folder(settings):
 
 
 def _new_folder(run_dir, name):
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
     for attempt in itertools.count():  # runs that start in the same second have the same name
         with contextlib.suppress(FileExistsError):
             folder = Path(run_dir, f"{name}_{attempt}" if attempt else name)
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
@@ -109,7 +110,8 @@ def save(folder, settings, parts, progress):
         new.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's own, which does not tell the reason
         new.unlink(missing_ok=True)
-        why = "no space left" if shutil.disk_usage(folder).free < 2**20 else error
+        full = Path(folder).exists() and shutil.disk_usage(folder).free < 2**20
+        why = "no space left" if full else error
         kept = f"is of step {read(folder)['global_step']}" if path.exists() else "does not exist yet"
         fail(f"cannot save: {why}; {path} {kept}")
 
@@ -143,13 +145,19 @@ def parse_args(Args, presets, fixed, description):
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("env", "setting", "resume"):  # they decide the defaults of all others
-        parser.add_argument(f"--{name}", default=getattr(Args, name, None))
+        default = getattr(Args, name, None)
+        parser.add_argument(f"--{name}", nargs="?", default=default, const=default)  # tyro misses a value
     first = parser.parse_known_args()[0]
     env_id = first.env.lower().split(",")[0].strip().removeprefix("sc2:")
     settings = settings_for(first.env) | presets.get(env_id, {}) | presets.get(first.setting, {})
-    if first.resume:
+    if first.resume is not None:
         settings = settings_of(first.resume, Path(sys.argv[0]).stem, Args.__annotations__)
-    args = tyro.cli(Args, default=Args(**settings), description=description)
+    which = f"--resume {first.resume}" if first.resume else f"--env {first.env}"
+    which += f" --setting {first.setting}" if first.setting not in (None, "default") else ""
+    shown = f"The defaults shown are those of {which}."
+    args = tyro.cli(Args, default=Args(**settings), description=f"{description}\n{shown}")
+    if args.capture_video and not args.eval_every:
+        fail("--capture-video saves games of evaluations, which --eval-every 0 leaves out")
     check_resumed(vars(args), fixed)
     return args
 
@@ -198,7 +206,8 @@ def due(every, step, num_envs, last=False):
 class Log:
     """What a run tells: curves in TensorBoard, a progress bar and, where nothing else prints, lines.
 
-    NaN or infinity in a curve ends the run, before it would be saved.
+    NaN or infinity in a curve ends the run, before it would be saved. Curves that cannot be written, as on a
+    full disk, end with a sentence, and the run goes on.
     """
 
     def __init__(self, folder, args, step, recent):
@@ -237,13 +246,21 @@ class Log:
     def _write(self, step, group, numbers):
         for name, value in numbers.items():
             if not math.isfinite(value):
-                self.writer.close()
+                self._curves("close")
                 fail(f"{name} is {value} at step {step}; model.pt, if there, is from before")
-            self.writer.add_scalar(f"{group}/{name}", value, step)
+            self._curves("add_scalar", f"{group}/{name}", value, step)
+
+    def _curves(self, method, *values):
+        try:
+            if self.writer:
+                getattr(self.writer, method)(*values)
+        except OSError as error:
+            self.writer = None
+            say(f"curves end here, as they cannot be written: {error}")
 
     def close(self):
         self.bar.close()
-        self.writer.close()
+        self._curves("close")
 
 
 def _line(numbers):

@@ -56,19 +56,19 @@ class Args:
     run_dir: str = "runs"  # folder of the run folders
 
     # Algorithm specific arguments
-    actor_lr: float = 1e-2  # learning rate of the actors (appendix of [MADDPG])
-    critic_lr: float = 1e-2  # learning rate of the critic (appendix of [MADDPG])
+    actor_lr: float = 1e-2  # learning rate of the actors (0.01 in the appendix of [MADDPG])
+    critic_lr: float = 1e-2  # learning rate of the critic (0.01 in the appendix of [MADDPG])
     critic_weight_decay: float = 0.0  # L2 penalty on the critic's weights (1e-2 in section 7 of [DDPG])
-    gamma: float = 0.95  # discount (appendix of [MADDPG])
-    tau: float = 0.01  # share of the live networks that enters the targets (appendix of [MADDPG])
-    hidden_dim: int = 64  # units of the two hidden layers (appendix of [MADDPG])
+    gamma: float = 0.95  # discount (0.95 in the appendix of [MADDPG])
+    tau: float = 0.01  # share of the live networks that enters the targets (0.01 in the appendix of [MADDPG])
+    hidden_dim: int = 64  # units of the two hidden layers (64 in the appendix of [MADDPG])
     final_init: float = 0.0  # bound of last layers' initial weights (3e-3 in [DDPG], section 7; 0: as others)
     max_grad_norm: float = 0.5  # norm that gradients are clipped to (official code; 0: no clipping)
-    batch_size: int = 1024  # transitions per update (appendix of [MADDPG])
-    buffer_size: int = 1_000_000  # transitions in the replay buffer (appendix of [MADDPG])
+    batch_size: int = 1024  # transitions per update (1024 in the appendix of [MADDPG])
+    buffer_size: int = 1_000_000  # transitions in the replay buffer (1,000,000 in the appendix of [MADDPG])
     warmup_steps: int = 25_600  # environment steps before the first update (official code: batch size x 25)
     warmup_actions: Literal["untrained", "uniform"] = "untrained"  # until then: policies, or uniform draws
-    update_every: int = 100  # environment steps per update of the critic (appendix of [MADDPG])
+    update_every: int = 100  # environment steps per update of the critic (100 in the appendix of [MADDPG])
     policy_delay: int = 1  # critic updates per update of actors and targets (2 in Appendix G.2 of [DOP])
     # others' actions in an actor's gradient: of the replay (both papers), or of their current policies
     others_actions: Literal["replayed", "current"] = "replayed"
@@ -353,7 +353,7 @@ if __name__ == "__main__":
         if args.eval_every:
             eval_env = make(args.env, args.eval_episodes, render=args.capture_video, **options)
         env.reset()
-    run = machine.open_folder(vars(args))
+    run, stop = machine.open_folder(vars(args)), machine.catch_signals()
 
     # ---- networks and storage ----
     generator = Stream(env.device).manual_seed(seeds[2])
@@ -376,7 +376,7 @@ if __name__ == "__main__":
     global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
         machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
-    stop, log = machine.catch_signals(), machine.Log(run, args, global_step, recent)
+    log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()

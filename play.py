@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 import machine
@@ -36,7 +37,9 @@ if __name__ == "__main__":
     program = importlib.import_module(checkpoint["program"])
     settings = program.Args(**machine.settings_of(args.run, program.__name__, program.Args.__annotations__))
     env_id = args.env or settings.env
-    episodes = args.episodes or settings_for(env_id).get("eval_episodes", settings.eval_episodes)
+    episodes = args.episodes
+    if episodes is None:
+        episodes = settings_for(env_id).get("eval_episodes", settings.eval_episodes)
     try:
         env = make(env_id, episodes, args.device, render=args.video, validate=False)
     except (RuntimeError, ValueError) as error:
@@ -45,8 +48,14 @@ if __name__ == "__main__":
     if own | {"state_dim": None} != trained | {"state_dim": None}:  # the state is for training alone
         machine.fail(f"{env_id} has the sizes {own}, the run {trained}")
     actor = program.Actor(env, settings).to(env.device)
+    for name, value in actor.named_buffers():  # low and high
+        if name in checkpoint["actor"] and not torch.equal(value.cpu(), checkpoint["actor"][name]):
+            machine.fail(f"{env_id} has other bounds of actions ({name}) than the run")
     actor.load_state_dict(checkpoint["actor"])
     video = Path(args.run, "play.gif") if args.video else None
-    results = evaluate(env, partial(program.act, actor), video)
+    try:
+        results = evaluate(env, partial(program.act, actor), video)
+    except (OSError, RuntimeError) as error:  # of a game that is a program of its own, or of the picture
+        machine.fail(error)
     print("run | step |", " | ".join(results))
     print(args.run, "|", checkpoint["global_step"], "|", " | ".join(f"{x:.3f}" for x in results.values()))

@@ -83,7 +83,9 @@ def main(argv=None):
     no_arguments(__doc__, argv)
     reports, protocols = load_sets("fig1"), {}
     for name, report in reports.items():
-        protocol, method = name.split("_", 1)
+        protocol, _, method = name.partition("_")
+        if method not in METHODS:
+            sys.exit(f"cdm.py: fig1/{name} is no <protocol>_<method>")
         protocols.setdefault(protocol, {})[method] = report
     if not protocols:
         sys.exit("cdm.py: docs/results/fig1 has no <protocol>_<method>.json yet")

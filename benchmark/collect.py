@@ -88,6 +88,9 @@ def collect(args):
     if not runs:
         print(f"{args.name}: no finished run, nothing to collect")
         return None
+    if not any(args.metric in run["curves"] for run in runs):
+        known = ", ".join(runs[0]["curves"])
+        print(f"{args.name}: no run logged {args.metric}, which the summary is about; it has {known}")
     commits = {(run["commit"], run["dirty"]) for run in runs}
     if len(commits) > 1:
         print(f"{args.name}: the runs come from {len(commits)} states of the code, see `commit` of each run")

@@ -24,6 +24,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
+import machine
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
@@ -65,8 +67,8 @@ def measure(checkpoint):
     Raises SystemExit for a checkpoint of another environment.
     """
     args = types.SimpleNamespace(**checkpoint["args"])
-    if args.env != "mill":
-        sys.exit(f"credit.py: needs runs with --env mill, got {args.env!r}")
+    if (checkpoint["program"], args.env) != ("dop_deterministic", "mill"):
+        sys.exit(f"credit.py: needs dop_deterministic on mill, got {checkpoint['program']} on {args.env}")
     env = make("mill", GAMES, validate=False)
     actor, critic = Actor(env, args), DecomposedCritic(env, args)
     actor.load_state_dict(checkpoint["actor"])
@@ -183,9 +185,7 @@ def main(argv=None):
     args = parser.parse_args(argv[:cut])
     finished = []
     for run in args.runs:
-        if not (run / "model.pt").exists():
-            parser.error(f"{run} has no model.pt")
-        finished.append(measure(torch.load(run / "model.pt", map_location="cpu", weights_only=True)))
+        finished.append(measure(machine.read(run, "cpu")))
     finished.sort(key=lambda measured: measured["seed"])
     checkpoints = [measure(x) for x in train(args.seed, args.save_every, argv[cut + 1 :])]
     facts = metadata(shlex.join(["python", "benchmark/credit.py", *argv]), threads=torch.get_num_threads())

@@ -45,6 +45,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.files):
         parser.error(f"{len(args.files)} files need as many --labels, got {len(args.labels)}")
+    if args.out and args.out.suffix != ".png":
+        parser.error(f"--out must end in .png, got {args.out}")
     return args
 
 
@@ -52,7 +54,7 @@ def load(path):
     """The content of a file of run_seeds.py; SystemExit where it is none."""
     try:
         report = json.loads(path.read_text())
-        if "runs" not in report:
+        if not report.get("runs"):
             raise ValueError("no runs in it")
     except (OSError, ValueError) as error:
         raise SystemExit(f"plot.py: {path} is no result file of run_seeds.py: {error}") from error
@@ -155,6 +157,8 @@ def main(argv=None):
     panels = {}
     for report, label in zip(reports, labels, strict=True):
         title = ", ".join(filter(None, [report["env"] or "?", report["engine"]]))
+        if label in panels.get(title, {}):
+            raise SystemExit(f"plot.py: two files with the label {label} in one panel; give --labels")
         panels.setdefault(title, {})[label] = report
     out = args.out or args.files[0].with_suffix(".png")
     draw_panels(panels, out, args.tag, list(dict.fromkeys(labels)), args.x, args.until, args.hline)

@@ -42,6 +42,7 @@ TAGS = "eval/* charts/episodic_return charts/episodic_length charts/win_rate cha
 TAGS += "losses/entropy losses/grad_norm_actor".split()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PYTHON = ("python", "python3")  # in a command, the interpreter that runs this script
+PRIVATE = "of_one_run_seeds"  # resource that marks a Ray which ends with its script
 LOSSES = 5  # workers or their machines that a seed may lose before it counts as failed
 
 
@@ -185,7 +186,7 @@ def start_ray(args):
         shipped = {"working_dir": str(ROOT), "excludes": [".git", ".ci", "docs", "runs"]}
         options = {"address": args.address, "runtime_env": shipped}
     else:
-        options = {"address": "local", "num_cpus": args.workers * args.threads}
+        options = {"address": "local", "num_cpus": args.workers * args.threads, "resources": {PRIVATE: 1}}
         options |= {"include_dashboard": False, "object_store_memory": 2**27}
     try:
         if ":" in options["address"]:  # Ray itself would ask for minutes
@@ -194,6 +195,8 @@ def start_ray(args):
     except Exception as error:  # Ray has no class for it
         machine.fail(f"cannot use Ray at {options['address']}: {error}")
     room = {"CPU": 0, "GPU": 0} | ray.cluster_resources()
+    if args.address and PRIVATE in room:
+        machine.fail("this Ray ends with another run_seeds.py; start a cluster with ray start --head")
     fit = min(room["CPU"] // args.threads, room["GPU"] // args.gpus if args.gpus else room["CPU"])
     if not fit:
         has = f"Ray has {room['CPU']:g} cores and {room['GPU']:g} GPUs"

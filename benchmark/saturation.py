@@ -9,13 +9,13 @@ Prints a Markdown table.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+import machine
 from benchmark.common import markdown_table
 from dop_stochastic import Actor, Args, DecomposedCritic, epsilon_policy
 from envs import make
@@ -24,10 +24,9 @@ from envs import make
 @torch.no_grad()
 def measure(run, games=256, steps=20):
     """Run folder -> (mean greedy probability, share of greedy actions that maximise Q_i)."""
-    args = json.loads(Path(run, "args.json").read_text())
-    state = torch.load(Path(run, "model.pt"), map_location="cpu", weights_only=True)
-    env = make(args["env"], games, seed=0, validate=False)
-    args = Args(separate_critics=args["separate_critics"])
+    args = Args(**machine.settings_of(run, "dop_stochastic", Args.__annotations__))
+    state = machine.read(run, "cpu")
+    env = make(args.env, games, seed=0, validate=False)
     actor, critic = Actor(env, args), DecomposedCritic(env, args)
     actor.load_state_dict(state["actor"])
     critic.load_state_dict(state["critic"])

@@ -294,7 +294,10 @@ def main(argv=None):
         }
     else:
         about |= {"engine": ENGINE, "games": args.games}
-        results = battles(args.maps, args.teams, args.games, args.seed)
+        try:
+            results = battles(args.maps, args.teams, args.games, args.seed)
+        except ValueError as error:  # of a map or a number of games
+            sys.exit(f"scripted.py: {error}")
     about |= {"results": results}
     out = common.RESULTS / "scripted" / ("particles.json" if args.particles else "battles.json")
     write_json(out, about)

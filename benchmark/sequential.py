@@ -47,7 +47,10 @@ def main(argv=None):
     no_arguments(__doc__, argv)
     reports, tasks = load_sets("masql_sequential"), {}
     for name, report in reports.items():
-        algorithm, task, agents = name.split("_")
+        algorithm, _, rest = name.partition("_")
+        task, _, agents = rest.rpartition("_")
+        if algorithm not in ALGORITHMS or not agents.isdecimal():
+            sys.exit(f"sequential.py: masql_sequential/{name} is no <algorithm>_<task>_<agents>")
         tasks.setdefault((task, int(agents)), {})[algorithm] = report
     if not tasks:
         sys.exit("sequential.py: docs/results/masql_sequential has no <algorithm>_<task>_<agents>.json yet")

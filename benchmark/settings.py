@@ -40,7 +40,7 @@ def main(argv=None):
     no_arguments(__doc__, argv)
     reports, tasks = load_sets("settings"), {}
     for name, report in reports.items():
-        setting, rest = name.split("_", 1)
+        setting, _, rest = name.partition("_")
         algorithm = rest.removesuffix(f"_{report['env']}")
         if setting not in SETTINGS or algorithm not in ALGORITHMS:
             sys.exit(f"settings.py: docs/results/settings/{name}.json is no <setting>_<algorithm>_<task>")

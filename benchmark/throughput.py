@@ -200,6 +200,12 @@ def main(argv=None):
         "--out", type=Path, default=RESULTS / "engine" / "throughput", help="result file, without suffix"
     )
     args = parser.parse_args(argv)
+    if args.repeats < 1 or min(args.threads) < 1:
+        parser.error("--repeats and --threads must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no CUDA device is available here")
+    if args.tree and not args.tree.is_dir():
+        parser.error(f"{args.tree} is no folder")
     if not args.tree and any(name.startswith("torch") for name in args.peer):
         parser.error(
             "the torch engine is commit cd8fb3c: git worktree add ../torch-engine cd8fb3c, then --tree"
@@ -218,7 +224,10 @@ def main(argv=None):
             about |= {"peer": " and ".join(peer.versions for peer in peers.values())} if peers else {}
             for env_id in args.envs:
                 for num_envs in args.num_envs:
-                    ways = measure(env_id, num_envs, args, peers)
+                    try:
+                        ways = measure(env_id, num_envs, args, peers)
+                    except ValueError as error:  # of an id or a number of games
+                        sys.exit(f"throughput.py: {error}")
                     about["results"].append(
                         {"env": env_id, "num_envs": num_envs, "threads": threads, "ways": ways}
                     )

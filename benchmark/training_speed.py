@@ -83,6 +83,8 @@ def main(argv=None):
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="+", help="program and its flags, behind --")
     args = parser.parse_args(argv)
+    if not args.tree.is_dir():
+        parser.error(f"{args.tree} is no folder")
     if args.child:
         child(args.tree, args.flags)
         return

@@ -356,6 +356,8 @@ def main(argv=None):
         "--out", type=Path, default=RESULTS / "engine" / "update_speed", help="result file, without suffix"
     )
     args = parser.parse_args(argv)
+    if args.repeats < 1 or min(args.threads) < 1:
+        parser.error("--repeats and --threads must be at least 1")
     command = shlex.join(["python", "benchmark/update_speed.py", *(sys.argv[1:] if argv is None else argv)])
     about = metadata(command) | {"steps": T, "results": []}
     torch.manual_seed(1)

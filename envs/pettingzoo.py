@@ -396,7 +396,10 @@ class _Game:
 
     def render(self):
         self.watched = True
-        return _picture(self.env.render() if self.picture is None else self.picture)
+        try:
+            return _picture(self.env.render() if self.picture is None else self.picture)
+        except Exception as error:
+            raise Wrong(f"render() fails ({type(error).__name__}: {error}), so leave out pictures") from error
 
 
 def _line(text, most=None):
@@ -535,6 +538,8 @@ class _Parallel(ParallelEnv):
         """Observations, rewards, terminations, truncations and infos by agent; actions likewise."""
         if not self.agents:
             raise RuntimeError("no episode is running: call env.reset() before env.step()")
+        if missing := [agent for agent in self.agents if agent not in actions]:
+            raise ValueError(f"actions of {', '.join(missing)} are missing")
         dtype = np.float32 if self._mask is None else np.int64
         played = np.stack([actions[agent] for agent in self.agents]).astype(dtype)  # (N,) or (N, D)
         if self._mask is not None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,26 @@ def test_names_of_folders_are_valid_everywhere(tmp_path, env):
 def test_an_empty_run_dir_is_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (tmp_path / machine.open_folder(SETTINGS | {"run_dir": ""})).is_dir()
+
+
+def test_a_run_dir_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "runs").symlink_to("nowhere")
+    with pytest.raises(SystemExit, match="cannot write the run folder: "):
+        machine.open_folder(SETTINGS | {"run_dir": str(tmp_path / "runs")})
+
+
+def test_curves_that_cannot_be_written_end_no_run(tmp_path, capsys):
+    log = machine.Log(tmp_path, SimpleNamespace(total_timesteps=9, eval_every=3), 0, {})
+    log.writer.add_scalar = log.writer.close = lambda *_: os.stat(tmp_path / "gone")
+    for step in (1, 2):
+        log.evaluation(step, 1.0, {"win_rate": 0.5})
+    log.close()
+    assert capsys.readouterr().out.count("curves end here, as they cannot be written: ") == 1
+
+
+def test_a_folder_that_is_gone_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="cannot save: .*gone/model.pt does not exist yet"):
+        machine.save(tmp_path / "gone", {}, {}, {"global_step": 7})
 
 
 def test_a_folder_has_one_writer(tmp_path):

@@ -388,6 +388,17 @@ def test_play_plays_greedily_and_prints_a_line(run, play, program):
     assert (
         code.startswith("play.py: 3m has the sizes {'n_agents': 3, 'obs_dim': 30,") and "'obs_dim': " in code
     )
+    (folder / "play.gif").unlink()
+    (folder / "play.gif").mkdir()
+    assert str(play(folder, "--video")[0]).startswith("play.py: [Errno ")
+    assert play(folder, "--episodes", "0")[0] == "play.py: num_envs must be at least 1, got 0"
+
+
+@pytest.mark.parametrize("program", ["maddpg"])
+def test_play_refuses_other_bounds_of_actions(run, play, program):
+    _, _, folder = run(env="quadratic")
+    code, _ = play(folder, "--env", "quadratic,bound=2")
+    assert code == "play.py: quadratic,bound=2 has other bounds of actions (low) than the run"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -439,6 +450,8 @@ MISTAKES = {  # what comes behind which flags
     PROGRAMS: {
         "--num-envs 0": "--num-envs must be at least 1",
         "--resume nowhere": "nowhere has no model.pt: it is no run folder",
+        "--resume=": "has no model.pt: it is no run folder",
+        "--capture-video --eval-every 0": "--capture-video saves games of evaluations, which",
         "--seed -1": "--seed must be at least 0",
         "--run-dir /dev/null": "cannot write the run folder: ",
         "--env mmmm": "unknown environment 'mmmm'",
@@ -460,7 +473,7 @@ MISTAKES = {  # what comes behind which flags
         "--critic-updates -1": "--critic-updates must be at least 0",
         "--critic-lr -0.1": "--critic-lr must be from 0",
         "--kappa nan": "--kappa must be from 0 to 1",
-        "--on-policy-batch 9": "a batch is larger than its buffer",
+        "--on-policy-batch 9": "--on-policy-batch or --off-policy-batch is larger than its buffer",
         "--on-policy-size 50 --off-policy-size 40": "less than --on-policy-size",
         "--env spread": "spread has continuous actions; this algorithm needs discrete ones",
     },

@@ -27,7 +27,7 @@ EVERYWHERE_IN_MAIN = [
     ("    args = ", "        options"),  # which kind of actions an algorithm plays
     ("        env = make", "    # ---- networks and storage ----"),
     ("    if args.resume:", "    global_step, "),
-    ("    stop, log = ", "        # act, step"),
+    ("    log = ", "        # act, step"),
     ("        train_seconds += ", "            log.training("),  # charts of schedules
     ("        if machine.due(args.eval_every", "        progress |= "),
     ("        if machine.due(args.save_every", "END"),
