@@ -399,7 +399,7 @@ class _Game:
         try:
             return _picture(self.env.render() if self.picture is None else self.picture)
         except Exception as error:
-            raise Wrong(f"render() fails ({type(error).__name__}: {error}), so leave out pictures") from error
+            raise Wrong(f"no picture, as render() fails ({type(error).__name__}: {error})") from error
 
 
 def _line(text, most=None):

@@ -318,7 +318,11 @@ def test_workers_that_fail_end_all(build, kind, message):
     ("kind", "call", "message"),
     [
         ("lost", lambda env: (env.reset(), env.reset()), "game 0, reset(): KeyError: 'map'"),
-        ("blind", lambda env: (env.reset(), env.render()), "game 0, reset(): OSError: no display"),
+        (
+            "blind",
+            lambda env: (env.reset(), env.render()),
+            "game 0, reset(): no picture, as render() fails (OSError: no display)",
+        ),
     ],
 )
 def test_reset_and_render_that_fail(build, kind, call, message):
