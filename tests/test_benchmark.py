@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,14 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.1)
+
+
+def test_a_ray_that_ends_with_another_script_is_left_alone(monkeypatch):
+    pytest.importorskip("ray", reason="Ray is missing (requirements-benchmark.txt)")
+    monkeypatch.setattr(run_seeds.ray, "init", lambda **_: None)
+    monkeypatch.setattr(run_seeds.ray, "cluster_resources", lambda: {"CPU": 2, run_seeds.PRIVATE: 1})
+    with pytest.raises(SystemExit, match="this Ray ends with another run_seeds.py; start a cluster"):
+        run_seeds.start_ray(SimpleNamespace(address="auto", threads=1, gpus=0))
 
 
 def test_parse_seeds():
