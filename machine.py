@@ -40,6 +40,8 @@ def set_up():
     """What a wrong setting breaks within ends the program with one sentence, and so does Ctrl-C."""
     # TF32 on a GPU, for matrix products and recurrent layers alike: faster, and three digits are enough here
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
+    # on a CPU nothing below 1e-38, where the optimisers' memories of vanished gradients end: it is slow there
+    torch.set_flush_denormal(True)
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -40,6 +40,17 @@ def test_an_empty_run_dir_is_the_current_folder(tmp_path, monkeypatch):
     assert (tmp_path / machine.open_folder(SETTINGS | {"run_dir": ""})).is_dir()
 
 
+def test_runs_compute_without_denormal_numbers():
+    """They cost MAAC on the mill two thirds of its speed once policies are sharp."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot flush them")
+    tiny = torch.full((64,), 1e-38)
+    assert (tiny / 8 > 0).all()
+    with machine.set_up():
+        assert (tiny / 8 == 0).all()
+    torch.set_flush_denormal(False)
+
+
 def test_a_run_dir_that_leads_nowhere_is_refused(tmp_path):
     (tmp_path / "runs").symlink_to("nowhere")
     with pytest.raises(SystemExit, match="cannot write the run folder: "):
