@@ -19,15 +19,14 @@ from benchmark.plot import draw_panels
 from benchmark.stats import NOTE, iqm_of, success_rate
 from envs import evaluate, make
 
-ALGORITHMS = {"masql": "MASQL", "masql-updates": "MASQL, more updates", "maddpg": "MADDPG"}
+ALGORITHMS = {"masql": "MASQL", "maddpg": "MADDPG"}
 CLAIM = """The paper leaves open how its sampler of joint actions does in sequential games, and expects that
 the dimension of the joint action, which grows with the agents, will be its limit."""
 LEGEND = f"""Returns are greedy (zero noise), means over the evaluations after 80% of the steps, as IQM over
 seeds; a seed wins at the end if its last evaluation wins {SOLVED:g} of the games. Random: uniform forces.
 Both algorithms have the settings of their `PRESETS` for the task, whatever the number of agents. MASQL's are
 no more than a guess, as no paper has any: a third of MADDPG's updates (a sixth on aggregation), which are
-dearer; with more updates it has as many. The stone of the mill weighs a tenth per agent, so that all teams
-together are equally strong.
+dearer. The stone of the mill weighs a tenth per agent, so that all teams together are equally strong.
 
 {NOTE}"""
 
