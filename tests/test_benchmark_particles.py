@@ -114,7 +114,13 @@ def test_credit_by_hand(tmp_path, monkeypatch, capsys):
     first.data[:, 5, 0], first.data[:, 5, 1] = 1, -1
     second.data[:, 0, 0] = second.data[:, 1, 1] = 1
     third.data[:, 0, 0], third.data[:, 1, 0] = slopes, -slopes
-    checkpoint = {"args": args, "global_step": 7, "actor": actor.state_dict(), "critic": critic.state_dict()}
+    checkpoint = {
+        "program": "dop_deterministic",
+        "args": args,
+        "global_step": 7,
+        "actor": actor.state_dict(),
+        "critic": critic.state_dict(),
+    }
     measured = credit.measure(checkpoint)
     assert measured["win_rate"] == 1.0 and measured["force"] == pytest.approx([1.0] * 10)
     assert credit.differences(measured, "q") == pytest.approx((2 * slopes).tolist())
@@ -131,5 +137,7 @@ def test_credit_by_hand(tmp_path, monkeypatch, capsys):
     assert "| 5 | 7 | 1.00 | 9 of 10 |" in credit.section(content)
     with pytest.raises(SystemExit):
         credit.main(["--runs", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit, match="needs runs with --env mill, got 'cdm'"):
+    with pytest.raises(SystemExit, match="needs dop_deterministic on mill, got dop_deterministic on cdm"):
         credit.measure(checkpoint | {"args": args | {"env": "cdm"}})
+    with pytest.raises(SystemExit, match="got maddpg on mill"):
+        credit.measure(checkpoint | {"program": "maddpg"})
