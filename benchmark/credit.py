@@ -24,13 +24,12 @@ from pathlib import Path
 import matplotlib
 import torch
 
-import machine
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import machine
 from benchmark import common
 from benchmark.common import ROOT, describe, markdown_table, metadata, write_json
 from dop_deterministic import Actor, DecomposedCritic, act
@@ -64,7 +63,7 @@ def train(seed, save_every, extra):
 def measure(checkpoint):
     """Step, win rate and, per agent: mean greedy force, k_i, Q_i and k_i Q_i over FORCES, as lists.
 
-    Raises SystemExit for a checkpoint of another environment.
+    Raises SystemExit for a checkpoint of another program or environment.
     """
     args = types.SimpleNamespace(**checkpoint["args"])
     if (checkpoint["program"], args.env) != ("dop_deterministic", "mill"):

@@ -72,9 +72,10 @@ def main(argv=None):
     for report in reports.values():
         maps.setdefault(report["env"], {})[label(report)] = report
     names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus")
-    trials = [reports[f"bonus_0.05_rate_1e-3_{name}"] for name in ("3m", "2s3z")]
-    if missing := [name for name in names if name not in fig3]:
-        sys.exit(f"default.py: docs/results/fig3 has no {', '.join(missing)} yet")
+    wanted = ("bonus_0.05_rate_1e-3_3m", "bonus_0.05_rate_1e-3_2s3z")
+    if missing := [x for x in names if x not in fig3] + [x for x in wanted if x not in reports]:
+        sys.exit(f"default.py: docs/results has no {', '.join(missing)} yet")
+    trials = [reports[name] for name in wanted]
     chosen, bonus, former, bonus_3m = (fig3[name] for name in names)
     maps.setdefault("mmm", {}).update({label(report): report for report in (chosen, bonus, former)})
     if not list(rivals(maps)):

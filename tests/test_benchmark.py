@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,13 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.1)
+
+
+def test_scripts_find_the_repository_before_they_import_from_it():
+    own = "|".join(["benchmark", "envs", *(path.stem for path in common.ROOT.glob("*.py"))])
+    for path in (common.ROOT / "benchmark").glob("*.py"):
+        head, found, _ = path.read_text().partition("sys.path.insert(")
+        assert not found or not re.search(rf"^(import|from) ({own})\b", head, re.MULTILINE), path
 
 
 def test_a_ray_that_ends_with_another_script_is_left_alone(monkeypatch):

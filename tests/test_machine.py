@@ -41,7 +41,7 @@ def test_an_empty_run_dir_is_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_runs_compute_without_denormal_numbers():
-    """They cost MAAC on the mill two thirds of its speed once policies are sharp."""
+    """The optimisers' memories of vanished gradients end among them, where a CPU is slow."""
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor cannot flush them")
     tiny = torch.full((64,), 1e-38)
