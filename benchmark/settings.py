@@ -20,20 +20,18 @@ SETTINGS = ("paper", "official", "appendix", "published")
 ALGORITHMS = {
     "dop": "DOP", "coma": "COMA", "qmix": "QMIX", "maac": "MAAC", "dop_deterministic": "deterministic DOP",
 }  # fmt: skip
-CLAIM = """The settings of the papers and of their authors' codes (`--setting`; for MAAC flags, below), which
-were made for StarCraft II and for 2,000,000 steps, learn in this repository too."""
+CLAIM = """The settings of the papers and of their authors' codes (`--setting`; for MAAC flags, below)
+learn in this repository too, those for SMAC within the 2,000,000 steps that they were made for."""
 HOW = """A figure's curve of one seed has no band. The defaults are sets of [fig3](../fig3/README.md) and
-[fig4](../fig4/README.md) with seeds of their own."""
+[fig4](../fig4/README.md)."""
 
 
 def defaults(task):
-    """{label: report} of the default settings on a task."""
-    known = {f"fig3/{name}": report for name, report in load_sets("fig3").items()}
-    known |= {f"fig4/{name}": report for name, report in load_sets("fig4").items()}
-    names = {x: f"fig3/{x}_{task}" for x in ALGORITHMS} | {
-        "maac": f"fig4/maac_{task}", "dop_deterministic": f"fig4/dop_{task}",
-    }  # fmt: skip
-    return {x: known[name] for x, name in names.items() if name in known}
+    """{algorithm: report} of the default settings on a task, where there is a set."""
+    fig3, fig4 = load_sets("fig3"), load_sets("fig4")
+    found = {name: fig3.get(f"{name}_{task}") for name in ("dop", "coma", "qmix")}
+    found |= {"maac": fig4.get(f"maac_{task}"), "dop_deterministic": fig4.get(f"dop_{task}")}
+    return {name: report for name, report in found.items() if report}
 
 
 def main(argv=None):
