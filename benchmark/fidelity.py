@@ -7,8 +7,8 @@
 Needs StarCraft II (docs/envs.md). Plays the four teams of scripted.py and the greedy policies of run folders,
 whichever engine these were trained in. Damage: life and shield that the units of a type lose in an episode,
 without what they regain; hits: how often a unit of it has less of both after a step than before. Writes
-docs/results/sc2/<map>.json and .md: means over episodes, and their difference in standard errors, which
-is by chance beyond 3 once in 400 times. --speed writes docs/results/sc2/speed.json and .md.
+docs/results/sc2/<map>.json: means over episodes, and their difference in standard errors, which is by chance
+beyond 3 once in 400 times; --speed writes speed.json. report.py makes a page of them.
 """
 
 import argparse
@@ -171,21 +171,35 @@ def speed(env_id, games, seed, steps):
     return {"games": games, "step of all games": 1000 * statistics.median(times)} | used
 
 
-def report_speed(args, command):
-    """Measure a single game, then all; write the table."""
-    rows = [speed(f"sc2:{args.env}", games, args.seed, args.steps) for games in (1, args.games)]
-    about = metadata(command, threads=torch.get_num_threads())
-    extra = {name: value for name, value in os.environ.items() if name.startswith("FAKE_SC2_")}
-    table = [[f"{x:.3g}" for x in row.values()] for row in rows]
+def speed_table(report):
+    """What --speed measured, as a Markdown table under the variables of the stand-in."""
+    rows = report["results"]
+    extra = [f", {name}={value}" for name, value in report.items() if name.startswith("FAKE_SC2_")]
     header = ["games", "step of all games, ms (median)"]
     header += [f"{name}, CPU ms per game and step" for name in list(rows[0])[2:]]
-    text = f"# What a step of sc2:{args.env} costs\n\n{args.steps} steps of random agents"
-    text += "".join(f", {name}={value}" for name, value in extra.items())
-    text += f".\n\n{markdown_table(header, table)}\n{describe(about)}\n"
-    out = args.out or RESULTS / "sc2" / "speed"
-    write_json(out.with_suffix(".json"), {**about, "steps": args.steps, **extra, "results": rows})
-    out.with_suffix(".md").write_text(text)
-    print(f"{text}\nwritten: {out}.json and .md")
+    table = markdown_table(header, [[f"{x:.3g}" for x in row.values()] for row in rows])
+    return f"{report['steps']} steps of random agents{''.join(extra)}.\n\n{table}"
+
+
+def comparison_table(report):
+    """Measure by measure, as a Markdown table under the verdict."""
+    numbers = ("embedded", "sc2", "standard_errors")
+    rows = [[x["team"], x["measure"], *(f"{x[name]:.3g}" for name in numbers)] for x in report["results"]]
+    header = ["team", "mean per episode", "embedded engine", "StarCraft II", "difference in standard errors"]
+    episodes = f"{report['games'] * report['rounds']} episodes of each team in each engine"
+    return f"{episodes}; {report['verdict']}.\n\n{markdown_table(header, rows)}"
+
+
+def write(out, command, **facts):
+    """Write a file, and print what it says."""
+    report = metadata(command, threads=torch.get_num_threads()) | facts
+    write_json(out.with_suffix(".json"), report)
+    print(f"{section(report)}\nwritten: {out}.json")
+
+
+def section(report):
+    """What a file of this script says, in Markdown."""
+    return f"{(comparison_table if 'verdict' in report else speed_table)(report)}\n{describe(report)}\n"
 
 
 def main(argv=None):
@@ -200,12 +214,16 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
     parser.add_argument("--speed", action="store_true", help="only measure the time of a step")
     parser.add_argument("--steps", type=int, default=300, help="of --speed")
-    parser.add_argument("--out", type=Path, help="result files, without suffix")
+    parser.add_argument("--out", type=Path, help="result file, without suffix")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "benchmark/fidelity.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         if args.speed:
-            return report_speed(args, command)
+            rows = [speed(f"sc2:{args.env}", games, args.seed, args.steps) for games in (1, args.games)]
+            extra = {name: value for name, value in os.environ.items() if name.startswith("FAKE_SC2_")}
+            return write(
+                args.out or RESULTS / "sc2" / "speed", command, steps=args.steps, **extra, results=rows
+            )
         real = make(f"sc2:{args.env}", args.games, seed=args.seed, validate=False)
     except ValueError as error:
         sys.exit(f"fidelity.py: {error}")
@@ -225,18 +243,8 @@ def main(argv=None):
     verdict = f"{len(different)} of {len(results)} measures differ by more than {LIMIT:g} standard errors"
     if not different:
         verdict = f"equal: none of {len(results)} measures differs by more than {LIMIT:g} standard errors"
-    about = metadata(command, threads=torch.get_num_threads())
-    numbers = ("embedded", "sc2", "standard_errors")
-    rows = [[x["team"], x["measure"], *(f"{x[name]:.3g}" for name in numbers)] for x in results]
-    header = ["team", "mean per episode", "embedded engine", "StarCraft II", "difference in standard errors"]
-    text = f"# {real.map_name}: the embedded engine beside StarCraft II\n\n"
-    text += f"{args.games * args.rounds} episodes of each team in each engine; {verdict}.\n\n"
-    text += f"{markdown_table(header, rows)}\n{describe(about)}\n"
-    out = args.out or RESULTS / "sc2" / real.map_name
     facts = dict(games=args.games, rounds=args.rounds, seed=args.seed, verdict=verdict)
-    write_json(out.with_suffix(".json"), {**about, **facts, "results": results})
-    out.with_suffix(".md").write_text(text)
-    print(f"{text}\nwritten: {out}.json and .md")
+    write(args.out or RESULTS / "sc2" / real.map_name, command, **facts, results=results)
 
 
 if __name__ == "__main__":

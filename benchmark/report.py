@@ -3,9 +3,9 @@
     python benchmark/report.py
 
 Calls the scripts of the figures (cdm.py, smac.py, default.py, settings.py, particles.py, quadratic.py,
-sequential.py), writes the pages of engine/ and scripted/ from what throughput.py, training_speed.py,
-update_speed.py and scripted.py measured, and README.md from the first lines of every page; `--index` writes
-README.md only."""
+sequential.py), writes the pages of engine/, scripted/ and sc2/ from what throughput.py, training_speed.py,
+update_speed.py, scripted.py and fidelity.py measured, and README.md from the first lines of every page;
+`--index` writes README.md only."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ from benchmark import (
     cdm,
     common,
     default,
+    fidelity,
     particles,
     quadratic,
     scripted,
@@ -50,6 +51,9 @@ ENGINE_CLAIM = """Ours: a step of the environment costs little beside the learni
 faster than those of other open simulators at the sizes that are trained with."""
 SCRIPTED_CLAIM = """Ours, a check of the simulator's sense: random and idle teams never win, and focus fire
 pays where both sides shoot or where life is long."""
+
+GAME_CLAIM = """Ours: beside the game's own time, wrapper and workers cost little, and games step at the same
+time."""
 
 
 def load(folder):
@@ -93,6 +97,19 @@ def teams(files):
     write_page("scripted", "Scripted teams", SCRIPTED_CLAIM, f"{answer}.", *parts)
 
 
+def game(files):
+    """The page of StarCraft II beside the embedded engine."""
+    parts, told = [], [f"{name}: {x['verdict']}" for name, x in files.items() if "verdict" in x]
+    told = told or ["The engines were not compared, as StarCraft II was not at hand"]
+    for name, report in files.items():
+        parts += [f"## {name.replace('_', ' ')}", fidelity.section(report)]
+        if name == "speed":
+            (*_, ours, client), rows = report["results"][0], report["results"]
+            costs = [f"{row[ours]:.1f} ms of CPU per game and step with {row['games']}" for row in rows]
+            told.append(f"{ours} take {', '.join(costs)} (client: {client})")
+    write_page("sc2", "StarCraft II through SMAC's interface", GAME_CLAIM, f"{'; '.join(told)}.", *parts)
+
+
 def index():
     """README.md: a line per page."""
     rows = []
@@ -113,6 +130,7 @@ def main(argv=None):
             script.main([])
         engine(load("engine"))
         teams(load("scripted"))
+        game(load("sc2"))
     index()
 
 

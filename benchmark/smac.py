@@ -2,8 +2,8 @@
 
     python benchmark/smac.py
 
-Reads the files <method>_<map>.json there that run_seeds.py wrote, of any number of seeds and steps; the
-engine that a file names decides with which others it is compared. Other files get a row in a last table.
+Reads the files <method>_<map>.json there that run_seeds.py wrote, of any number of seeds and steps, and
+<method>_<map>_long.json, which are compared apart. Other files get a row in a last table.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.1.
 """
 
@@ -28,6 +28,7 @@ METHODS = {
     "dop_sampled": "undecomposed backup",
 }
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
+SECTIONS = {"": "Short runs", "_long": "Long runs"}  # by the end of a set's name
 TARGET = 0.9
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
 replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
@@ -43,7 +44,7 @@ Worst: the lowest greedy score of a seed at its end. Reached: seeds with an eval
 end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
 Entropy: of the policies at the end, median. Battles of a map begin alike, so that greedy teams often win
 nearly all or nearly none; the exploring rate shows the trend. The battles are those of this repository's
-simulator, not StarCraft II.
+embedded simulator, not StarCraft II.
 
 {NOTE}"""
 
@@ -111,7 +112,7 @@ def columns(reports, kind, limits):
     return [np.array(scores(report, kind, limit)) for report, limit in zip(reports, limits, strict=True)]
 
 
-# ---- parts of an engine ----
+# ---- parts of a section ----
 def duels(maps):
     """DOP against each other method on the maps of both: (label, number of maps, {kind: columns}, steps)."""
     for label in list(METHODS.values())[1:]:
@@ -136,7 +137,7 @@ def duel_table(maps):
     return markdown_table([*head, "P(DOP is better), greedy", "P, exploring"], rows) if rows else ""
 
 
-def answer(engine, maps):
+def answer(title, maps):
     """What the duels say, in words."""
     said, steps = {"better than": [], "worse than": [], "not told apart from": []}, set()
     for label, count, both, limits in duels(maps):
@@ -146,11 +147,11 @@ def answer(engine, maps):
         said[word].append(
             f"{label} ({between(improvement, *both['greedy'])}, {count} map{'s' * (count > 1)})"
         )
-    where = "On the present engine" if engine == ENGINE else f"On the {engine}"
     if not steps:
-        return f"{where} nothing can be compared yet (sets of {', '.join(maps)} only)"
+        return f"{title}: nothing to compare (sets of {', '.join(maps)} only)"
     words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in said.items() if labels)
-    return f"{where}, at {min(steps):,} to {max(steps):,} steps, DOP is {words}"
+    lengths = " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
+    return f"{title} ({lengths} steps): DOP is {words}"
 
 
 def profiled(maps):
@@ -171,46 +172,44 @@ def profiled(maps):
     return runs, shared
 
 
-def section(engine, maps):
-    """Figures, the table across maps and a table per map of the sets that one engine played."""
-    prefix = "" if engine == ENGINE else engine.split(", ")[-1].split()[0] + "_"  # "torch_"
-    parts = [f"## {engine[0].upper()}{engine[1:]}"]
+def section(suffix, title, maps):
+    """Figures, the table across maps and a table per map of the sets whose names end alike."""
+    parts = [f"## {title}"]
     for kind, tag in TAGS.items():
-        picture = f"{prefix}{kind}.png"
         panels = {
             name: {x: y for x, y in sets.items() if scores(y, kind, np.inf)} for name, sets in maps.items()
         }
-        draw_panels(panels, common.RESULTS / "fig3" / picture, tag, list(METHODS.values()))
-        parts.append(f"![win rates, {kind}]({picture})")
+        draw_panels(panels, common.RESULTS / "fig3" / f"{kind}{suffix}.png", tag, list(METHODS.values()))
+        parts.append(f"![win rates, {kind}]({kind}{suffix}.png)")
     if table := duel_table(maps):
         parts += [ACROSS, table]
     runs, shared = profiled(maps)
     if runs:
-        draw_profile(runs, common.RESULTS / "fig3" / f"{prefix}profile.png", "greedy win rate")
+        draw_profile(runs, common.RESULTS / "fig3" / f"profile{suffix}.png", "greedy win rate")
         maps_of = f"Performance profile over {', '.join(shared)}, at the steps that all have there"
         parts.append(f"{maps_of}, of each method's first seeds, as many as it has on each of these:")
-        parts.append(f"![performance profile]({prefix}profile.png)")
+        parts.append(f"![performance profile](profile{suffix}.png)")
     for name, reports in maps.items():
-        parts += [f"### {name}{'' if engine == ENGINE else ', ' + prefix[:-1]}", table_of(reports)]
+        parts += [f"### {name}{suffix.replace('_', ', ')}", table_of(reports)]
     return parts
 
 
 def main(argv=None):
     no_arguments(__doc__, argv)
-    reports, engines, others = load_sets("fig3"), {}, {}
-    for method, label in METHODS.items():
-        for name, report in reports.items():
-            if name.lower().removesuffix("_torch") == f"{method}_{report['env']}":
-                engines.setdefault(report["engine"], {}).setdefault(report["env"], {})[label] = report
-    known = {id(report) for maps in engines.values() for x in maps.values() for report in x.values()}
-    others = {name: report for name, report in reports.items() if id(report) not in known}
-    if not engines:
+    reports, parts, answers = load_sets("fig3"), [], []
+    others = dict(reports)
+    for suffix, title in SECTIONS.items():
+        maps = {}
+        for method, label in METHODS.items():
+            for name, report in reports.items():
+                if name == f"{method}_{report['env']}{suffix}" and report["engine"] == ENGINE:
+                    maps.setdefault(report["env"], {})[label] = others.pop(name)
+        if maps:
+            maps = dict(sorted(maps.items()))
+            parts += section(suffix, title, maps)
+            answers.append(answer(title, maps))
+    if not parts:
         sys.exit("smac.py: docs/results/fig3 has no <method>_<map>.json yet")
-    parts, answers = [], []
-    for engine in sorted(engines, key=lambda name: name != ENGINE):
-        maps = dict(sorted(engines[engine].items()))
-        parts += section(engine, maps)
-        answers.append(answer(engine, maps))
     text = (
         ". ".join(answers)
         + ". (In brackets: the probability that a run of DOP has the higher greedy win rate.)"

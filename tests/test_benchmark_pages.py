@@ -85,29 +85,27 @@ def test_smac_cuts_curves_to_equal_steps(results, capsys):
     assert not (fig3 / "profile.png").exists() and (fig3 / "greedy.png").exists()
 
 
-def test_smac_keeps_engines_apart(results, capsys):
+def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     fig3 = results / "fig3"
     for name, level in (("mmm", 0.75), ("8m", 0.5)):
         for method, score in (("dop", level), ("qmix", level - 0.25)):
             runs = [smac_run(0.0, score, exploring=score) for _ in range(2)]
-            write_set(fig3, f"{method}_{name}_torch", *runs, env=name, engine="simulator, torch engine")
+            write_set(fig3, f"{method}_{name}_long", *runs, env=name)
     write_set(fig3, "dop_mmm", smac_run(0.0, 1.0, exploring=0.5), env="mmm")
+    write_set(fig3, "coma_mmm", smac_run(0.0, 0.5, exploring=0.5), env="mmm", engine="another")
     write_set(fig3, "dop_mmm_paper", smac_run(0.0, 0.125, exploring=0.0), env="mmm")
     smac.main([])
     text = (fig3 / "README.md").read_text()
-    present, torch = (
-        text.index("## Embedded simulator, Warp kernels"),
-        text.index("## Simulator, torch engine"),
-    )
-    others = text.index("## Other sets")
-    assert present < text.index("### mmm\n") < torch < text.index("### mmm, torch\n") < others
-    assert "| DOP | 1 | 1.00 | 0.50 |" in text[present:torch]
-    assert "QMIX" not in text[present:torch] and "torch_" not in text[present:torch]
-    assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[torch:]
-    assert "better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:present]
-    assert "On the present engine nothing can be compared yet (sets of mmm only)" in text[:present]
+    short, long, others = (text.index(f"## {x}") for x in ("Short runs", "Long runs", "Other sets"))
+    assert short < text.index("### mmm\n") < long < text.index("### mmm, long\n") < others
+    assert "| DOP | 1 | 1.00 | 0.50 |" in text[short:long]
+    assert "QMIX" not in text[short:long] and "_long" not in text[short:long]
+    assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[long:]
+    assert "Long runs (2,000 steps): DOP is better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:short]
+    assert "Short runs: nothing to compare (sets of mmm only)" in text[:short]
+    assert "| coma_mmm (mmm, another) | 1 | 0.50 |" in text[others:]
     assert f"| dop_mmm_paper (mmm, {common.ENGINE}) | 1 | 0.12 | 0.00 |" in text[others:]
-    for name in ("torch_profile", "torch_greedy", "torch_exploring", "greedy", "exploring"):
+    for name in ("profile_long", "greedy_long", "exploring_long", "greedy", "exploring"):
         with Image.open(fig3 / f"{name}.png") as image:
             assert image.width > 500
         assert f"({name}.png)" in text
@@ -261,6 +259,23 @@ def test_pages_of_speed_and_teams(results, capsys):
     battles = [{"map": "3m", "team": "stop", "win_rate": x, "return": 1.0, "length": 9.0} for x in (0.25,)]
     report.teams({"battles": facts | {"results": battles, "games": 2, "engine": "e"}})
     assert "stop 0.25 to 0.25." in (results / "scripted" / "README.md").read_text()
+
+
+def test_page_of_the_game(results, capsys):
+    facts = dict(command="x", commit="abc", dirty=False, date="today", hardware={"cpu": "y"})
+    row = {"games": 8, "step of all games": 80.0, "learner and workers": 1.07, "stand-in": 1.5}
+    files = {"speed": facts | {"steps": 20, "FAKE_SC2_SLEEP": "5", "results": [row]}}
+    report.game(files)
+    text = (results / "sc2" / "README.md").read_text()
+    assert "were not compared" in text and "1.1 ms of CPU per game and step with 8 (client: stand-in)" in text
+    assert "20 steps of random agents, FAKE_SC2_SLEEP=5." in text and "| 8 | 80 | 1.07 | 1.5 |" in text
+    measure = dict(team="stop", measure="return", embedded=1.0, sc2=2.0, standard_errors=4.0)
+    report.game(files | {"3m": facts | dict(games=2, rounds=3, verdict="unequal", results=[measure])})
+    text = (results / "sc2" / "README.md").read_text()
+    assert "3m: unequal; learner" in text and "not compared" not in text
+    assert (
+        "6 episodes of each team in each engine; unequal." in text and "| stop | return | 1 | 2 | 4 |" in text
+    )
 
 
 def test_published_sets_are_on_their_pages():

@@ -603,4 +603,4 @@ def test_a_step_is_timed(game, tmp_path):
         report["steps"] == 5 and report["FAKE_SC2_LOG"] and [x["games"] for x in report["results"]] == [1, 2]
     )
     assert all(x["step of all games"] > 0 and x["learner and workers"] >= 0 for x in report["results"])
-    assert "| 2 |" in (text := (tmp_path / "speed.md").read_text()) and "| stand-in, CPU ms" in text
+    assert "| 2 |" in (text := fidelity.section(report)) and "| stand-in, CPU ms" in text
