@@ -19,14 +19,16 @@ from benchmark.plot import draw_panels
 from benchmark.stats import NOTE, iqm_of, success_rate
 from envs import evaluate, make
 
-ALGORITHMS = {"masql": "MASQL", "maddpg": "MADDPG"}
+MORE = "MASQL, MADDPG's number of updates"
+ALGORITHMS = {"masql": "MASQL", "masql-updates": MORE, "maddpg": "MADDPG"}
 CLAIM = """The paper leaves open how its sampler of joint actions does in sequential games, and expects that
 the dimension of the joint action, which grows with the agents, will be its limit."""
 LEGEND = f"""Returns are greedy (zero noise), means over the evaluations after 80% of the steps, as IQM over
 seeds; a seed wins at the end if its last evaluation wins {SOLVED:g} of the games. Random: uniform forces.
 Both algorithms have the settings of their `PRESETS` for the task, whatever the number of agents. MASQL's are
 no more than a guess, as no paper has any: a third of MADDPG's updates (a sixth on aggregation), which are
-dearer. The stone of the mill weighs a tenth per agent, so that all teams together are equally strong.
+dearer; a row says where they are as many. The stone of the mill weighs a tenth per agent, so that all teams
+together are equally strong.
 
 {NOTE}"""
 
@@ -68,7 +70,8 @@ def main(argv=None):
         random = random_return(next(iter(sets.values()))["env"])
         rows.append([task, agents, "random forces", "-", "-", f"{random:.2f}", "-"])
         if {"MASQL", "MADDPG"} <= ends.keys():
-            told.append(f"{agents} agents on {task}: {ends['MASQL']} ({ends['MADDPG']})")
+            more = f", with MADDPG's number of updates {ends[MORE]}" if MORE in ends else ""
+            told.append(f"{agents} agents on {task}: {ends['MASQL']} ({ends['MADDPG']}){more}")
     draw_panels(panels, common.RESULTS / "masql_sequential" / "return.png", "eval/episodic_return")
     answer = f"""Seeds of MASQL that win at the end (on spread, where nobody wins, the return), and of MADDPG
     in brackets: {"; ".join(told) or "not run"}."""

@@ -193,10 +193,13 @@ def test_sequential_counts_seeds_that_win_at_the_end(results, capsys):
     write("masql_mill_2", "mill,n_agents=2,mass=0.2", 1.0, 0.5)
     write("maddpg_mill_2", "mill,n_agents=2,mass=0.2", 1.0)
     write("masql_mill_10", "mill", 0.0)
+    write("masql-updates_mill_10", "mill", 1.0, 1.0)
+    write("maddpg_mill_10", "mill", 1.0)
     sequential.main([])
     text = (results / "masql_sequential" / "README.md").read_text()
     two, one = stats.success_rate([True, False]), stats.success_rate([True])
-    assert "2 agents on mill: 1 of 2 (1 of 1).\n" in text
+    assert "2 agents on mill: 1 of 2 (1 of 1); 10 agents" in text
+    assert "on mill: 0 of 1 (1 of 1), with MADDPG's number of updates 2 of 2.\n" in text
     assert text.index("| mill | 2 | MADDPG |") < text.index("| mill | 10 | MASQL |")
     assert f"| mill | 2 | MASQL | 2 | 10 | 30.00 [20.00, 40.00] | {two} |" in text
     assert f"| mill | 2 | MADDPG | 1 | 10 | 40.00 | {one} |" in text
