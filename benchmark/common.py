@@ -87,7 +87,10 @@ def sources(folder, reports):
         commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
         hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())
         items.append(f"- `{command}`: commit {commits}, {report['date']}; {hardware}")
-    return "Sets of runs:\n\n" + "\n".join(items)
+    return (
+        "Sets of runs (a command works at its commit; flags and defaults have changed since):\n\n"
+        + "\n".join(items)
+    )
 
 
 def ranges(numbers):

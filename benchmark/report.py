@@ -35,7 +35,8 @@ HEADER = """# Results
 
 What the papers claim, what we find, and a page for each with figure, tables, commands, commits, seeds and
 hardware. Written by `python benchmark/report.py`; [docs/benchmark.md](../benchmark.md) tells how to run
-them. """
+them. [DOP]: Wang et al., ICLR 2021; [MASQL]: Wei et al., AAAI Spring Symposium 2018.
+"""
 ENGINE_TITLES = {
     "throughput": "Steps per second beside SMAX",
     "throughput_one_core": "Steps per second beside the torch engine, one core",
@@ -47,10 +48,10 @@ ENGINE_TITLES = {
     "throughput_particles": "Steps per second of particle tasks, beside mpe2 and vmas",
 }
 SCRIPTS = {"training_speed": training_speed, "update_speed": update_speed}
-ENGINE_CLAIM = """Ours: a step of the environment costs little beside the learning, and the battles are
-faster than those of other open simulators at the sizes that are trained with."""
-SCRIPTED_CLAIM = """Ours, a check of the simulator's sense: random and idle teams never win, and focus fire
-pays where both sides shoot or where life is long."""
+ENGINE_CLAIM = """Ours: a step of the environment costs little beside the learning, and on a CPU the battles
+are faster than SMAX's at the sizes that are trained with."""
+SCRIPTED_CLAIM = """Ours, a check of the simulator's sense: random and idle teams never win, simple rules of
+shooting win some maps."""
 
 GAME_CLAIM = """Ours: beside the game's own time, wrapper and workers cost little, and games step at the same
 time."""
@@ -73,7 +74,8 @@ def engine(files):
         for result in files[name]["results"] if script is throughput else []:
             speeds = {way: x["steps_per_second"] for way, x in result["ways"].items()}
             for peer in speeds.keys() - {"ours", "mpe2"}:  # mpe2 has no batch
-                ratios.setdefault(peer.replace("_", " "), []).append(speeds["ours"] / speeds[peer])
+                name = peer.replace("torch", "our former torch engine").replace("_", " ")
+                ratios.setdefault(name, []).append(speeds["ours"] / speeds[peer])
     told = [f"{min(x):.1f} to {max(x):.1f} times {peer}" for peer, x in sorted(ratios.items())]
     answer = f"Steps per second: {', '.join(told)}"
     if "training_speed" in files:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import common
 from benchmark.common import load_sets, no_arguments, sources, write_page
 from benchmark.plot import draw_panels
-from benchmark.smac import LEGEND, TAGS, TARGET, length, reached, table_of
+from benchmark.smac import LEGEND, READ, TAGS, TARGET, length, reached, table_of
 
 SETTINGS = ("paper", "official", "appendix", "published")
 ALGORITHMS = {
@@ -53,14 +53,15 @@ def main(argv=None):
             found = {f"{label}, {setting}": sets[setting] for setting in SETTINGS if setting in sets}
             for name, report in found.items():
                 seeds, median = reached(report)
-                after = f", after {median} steps in the median" if median != "-" else ""
+                after = f", after {median} steps" if median != "-" else ""
+                after += " in the median" if after and len(report["runs"]) > 1 else ""
                 told.append(
                     f"{name}, on {task}: {seeds.split(' (')[0]} within {length(report):,} steps{after}"
                 )
             rows |= found | ({f"{label}, default": beside[algorithm]} if algorithm in beside else {})
         tables += [f"## {task}", table_of(rows)]
         panels[task] = rows
-    parts = []
+    parts = [READ]
     for kind, tag in TAGS.items():
         draw_panels(panels, common.RESULTS / "settings" / f"{kind}.png", tag)
         parts.append(f"![win rates, {kind}]({kind}.png)")

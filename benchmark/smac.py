@@ -30,6 +30,7 @@ METHODS = {
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
 SECTIONS = {"": "Short runs", "_long": "Long runs"}  # by the end of a set's name
 TARGET = 0.9
+READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
 replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
 agents grow (12 seeds, nine maps, millions of steps of StarCraft II)."""
@@ -42,7 +43,8 @@ itself). First at the steps that all sets of a table have; then, where some are 
 Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
 {TARGET:g}, and the median of the steps that it took, where half of the seeds got there. At {TARGET:g} to the
 end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
-Entropy: of the policies at the end, median. Battles of a map begin alike, so that greedy teams often win
+Entropy: of the policies at the end, median. Minutes: of a run on one core, evaluations included, median; the
+machine's other core was mostly busy too. Battles of a map begin alike, so that greedy teams often win
 nearly all or nearly none; the exploring rate shows the trend. The battles are those of this repository's
 embedded simulator, not StarCraft II.
 
@@ -89,7 +91,14 @@ def table_of(reports):
     limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
     header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
     header += ["its own end", "greedy", "exploring"] if end > limit else []
-    header += ["worst", f"reached {TARGET:g}", "median steps", f"at {TARGET:g} to the end", "entropy"]
+    header += [
+        "worst",
+        f"reached {TARGET:g}",
+        "median steps",
+        f"at {TARGET:g} to the end",
+        "entropy",
+        "minutes",
+    ]
     return markdown_table(header, [row(label, x, limit, end > limit) for label, x in reports.items()])
 
 
@@ -104,7 +113,8 @@ def row(label, report, limit, with_end):
     cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
     last = scores(report, "greedy", end)
     cells += [f"{min(last):.2f}", *reached(report), success_rate([x >= TARGET for x in last])]
-    return [*cells, f"{statistics.median(ends):.2f}" if ends else "-"]
+    minutes = statistics.median(run["wall_seconds"] for run in report["runs"]) / 60
+    return [*cells, f"{statistics.median(ends):.2f}" if ends else "-", f"{minutes:.0f}"]
 
 
 def columns(reports, kind, limits):
@@ -221,7 +231,7 @@ def main(argv=None):
     command = "Written by `python benchmark/smac.py`."
     title = "Fig. 3 of DOP: SMAC maps"
     write_page(
-        "fig3", title, CLAIM, text, *parts, "## How to read", LEGEND, command, sources("fig3", reports)
+        "fig3", title, CLAIM, text, READ, *parts, "## How to read", LEGEND, command, sources("fig3", reports)
     )
 
 
