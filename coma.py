@@ -373,7 +373,7 @@ if __name__ == "__main__":
     if args.resume:
         progress = machine.load(run, parts, progress, env.device)
     global_step, iteration, train_seconds, new_episodes, memory, losses, recent = progress.values()
-    if args.resume and not buffer.steps:  # it has to see episodes from their start
+    if args.resume and not (buffer.steps and env.saved):  # it has to see episodes from their start
         env.reset()
         new_episodes, memory = 0, None
     if global_step + env.episode_limit * (needed - buffer.n_episodes) > args.total_timesteps:
@@ -424,7 +424,7 @@ if __name__ == "__main__":
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
         progress |= dict(new_episodes=new_episodes, memory=memory, losses=losses, recent=log.recent)
         if machine.due(args.save_every, global_step, args.num_envs):
-            log.writer.flush()  # what a resumed run will not write again
+            log.flush()  # what a resumed run will not write again
             machine.save(run, vars(args), parts, progress)
 
     # ---- close ----

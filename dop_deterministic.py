@@ -123,7 +123,7 @@ class Perceptrons(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in pairwise(sizes):
             final = final_init if len(self.weights) == len(sizes) - 2 else 0.0
-            bound = final or n_in**-0.5  # as nn.Linear and as [DDPG]
+            bound = final or n_in**-0.5  # as nn.Linear
             self.weights.append(torch.empty(groups, n_in, n_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(groups, 1, n_out).uniform_(-bound, bound))
         self.layers = tuple(zip(self.weights, self.biases, strict=True))  # reading the lists takes long
@@ -257,7 +257,7 @@ class ReplayBuffer:
 # ---- acting ----
 @torch.no_grad()
 def act(actor, obs, avail_actions, memory=None, generator=None, theta=1.0, sigma=0.0, uniform=False):
-    """Actions of one step, noise-free without a generator, and the noise (B, N, D) for the next."""
+    """Actions (B, N) or (B, N, D), noise-free without a generator, and the noise (B, N, D) for the next."""
     policy = actor(obs, avail_actions)  # (B, N, D)
     if avail_actions is not None:
         logits = torch.where(avail_actions, 0.0, policy) if uniform else policy
@@ -312,7 +312,7 @@ def update(args, actor, critic, actor_target, critic_target, optimizers, batch, 
 
     # critic
     with torch.no_grad():
-        next_actions = actor_target(next_obs, batch.next_avail_actions)  # (U, N, D)
+        next_actions = actor_target(next_obs, batch.next_avail_actions)  # (U, N, D), with a mask (B, N, D)
         if discrete:
             next_actions = gumbel_softmax(next_actions, generator)
         next_q, k, b = critic_target(next_state, next_actions)  # (U, N), (U, N), (U,)
@@ -375,7 +375,7 @@ if __name__ == "__main__":
         progress = machine.load(run, parts, progress, env.device)
     global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
-        machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
+        machine.say("this run may end before its first update: lower --warmup-steps, raise --total-timesteps")
     log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
@@ -425,7 +425,7 @@ if __name__ == "__main__":
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
         progress |= dict(new_steps=new_steps, memory=memory, losses=losses, recent=log.recent)
         if machine.due(args.save_every, global_step, args.num_envs):
-            log.writer.flush()  # what a resumed run will not write again
+            log.flush()  # what a resumed run will not write again
             machine.save(run, vars(args), parts, progress)
 
     # ---- close ----

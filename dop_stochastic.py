@@ -257,13 +257,13 @@ def td_lambda_targets(reward, terminated, mask, q_taken, next_q, gamma, td_lambd
 
 
 def expected_policy_gradient_loss(k, q_values, pi, mask):
-    """Minus Eq. 9, same expectation, over the own action exactly; k (..., N), q_values and pi (..., N, A)."""
+    """Minus Eq. 9, its own action exact; k (..., N), q_values and pi (..., N, A), mask (...)."""
     # Eq. 9 of [DOP]: E_pi[sum_i k_i grad log pi_i(a_i) Q_i(a_i)] = sum_i k_i sum_a grad pi_i(a) Q_i(a)
     return -(k.detach() * (pi * q_values.detach()).sum(-1) * mask.unsqueeze(-1)).sum() / mask.sum()
 
 
 def sampled_policy_gradient_loss(k, q_values, pi, actions, mask):
-    """Minus Eq. 9 at the actions (..., N) played, with the utility U_i of Appendix A.3.1."""
+    """Minus Eq. 9 at the actions (..., N) played, with the utility U_i of Appendix A.3.1; others as above."""
     k, q_values, actions = k.detach(), q_values.detach(), actions.unsqueeze(-1)
     advantage = q_values.gather(-1, actions).squeeze(-1) - (pi.detach() * q_values).sum(-1)  # (..., N)
     log_pi_taken = pi.gather(-1, actions).squeeze(-1).clamp_min(torch.finfo(pi.dtype).tiny).log()  # (..., N)
@@ -481,7 +481,7 @@ if __name__ == "__main__":
     if args.resume:
         progress = machine.load(run, parts, progress, env.device)
     global_step, iteration, train_seconds, new_episodes, memory, losses, recent = progress.values()
-    if args.resume and not buffer.steps:  # it has to see episodes from their start
+    if args.resume and not (buffer.steps and env.saved):  # it has to see episodes from their start
         env.reset()
         new_episodes, memory = 0, None
     if global_step + env.episode_limit * (needed - buffer.n_episodes) > args.total_timesteps:
@@ -535,7 +535,7 @@ if __name__ == "__main__":
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
         progress |= dict(new_episodes=new_episodes, memory=memory, losses=losses, recent=log.recent)
         if machine.due(args.save_every, global_step, args.num_envs):
-            log.writer.flush()  # what a resumed run will not write again
+            log.flush()  # what a resumed run will not write again
             machine.save(run, vars(args), parts, progress)
 
     # ---- close ----

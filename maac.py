@@ -108,7 +108,7 @@ class Perceptrons(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in pairwise(sizes):
             final = final_init if len(self.weights) == len(sizes) - 2 else 0.0
-            bound = final or n_in**-0.5  # as nn.Linear and as [DDPG]
+            bound = final or n_in**-0.5  # as nn.Linear
             self.weights.append(torch.empty(groups, n_in, n_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(groups, 1, n_out).uniform_(-bound, bound))
         self.layers = tuple(zip(self.weights, self.biases, strict=True))  # reading the lists takes long
@@ -290,7 +290,7 @@ class ReplayBuffer:
 # ---- acting ----
 @torch.no_grad()
 def act(actor, obs, avail_actions, memory=None, generator=None):
-    """Actions of one step, sampled, or the likeliest (mean, if continuous) without a generator; and None."""
+    """Actions (B, N) or (B, N, D), sampled, or without a generator the likeliest (the mean); and None."""
     policy = actor(obs, avail_actions)  # (B, N, A) or (B, N, 2 D)
     if avail_actions is not None:
         return (policy if generator is None else sample_categorical(policy, generator)[0]).argmax(-1), None
@@ -414,7 +414,7 @@ if __name__ == "__main__":
         progress = machine.load(run, parts, progress, env.device)
     global_step, iteration, train_seconds, new_steps, memory, losses, recent = progress.values()
     if global_step + max(args.warmup_steps - buffer.n_steps, args.update_every) > args.total_timesteps:
-        machine.say("this run ends before its first update: lower --warmup-steps or raise --total-timesteps")
+        machine.say("this run may end before its first update: lower --warmup-steps, raise --total-timesteps")
     log = machine.Log(run, args, global_step, recent)
     while global_step < args.total_timesteps and not stop:
         # act, step
@@ -459,7 +459,7 @@ if __name__ == "__main__":
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
         progress |= dict(new_steps=new_steps, memory=memory, losses=losses, recent=log.recent)
         if machine.due(args.save_every, global_step, args.num_envs):
-            log.writer.flush()  # what a resumed run will not write again
+            log.flush()  # what a resumed run will not write again
             machine.save(run, vars(args), parts, progress)
 
     # ---- close ----

@@ -102,9 +102,12 @@ def save(folder, settings, parts, progress):
     """Write model.pt under another name, then rename it: no crash leaves half a checkpoint.
 
     It holds the program's name, its settings and progress, and the state of every part. Where it cannot be
-    written, as on a full disk, the former one stays.
+    written, as on a full disk, or the latest losses are no numbers, the former one stays.
     """
     path, new = Path(folder, "model.pt"), Path(folder, "model.pt.tmp")
+    for name, value in progress.get("losses", {}).items():
+        if not math.isfinite(value):
+            fail(f"{name} is {value:g}, so nothing is saved; {_of_step(path)}")
     checkpoint = {"program": Path(sys.argv[0]).stem, "args": settings} | progress
     checkpoint |= {name: part.state_dict() for name, part in parts.items()}
     try:
@@ -114,8 +117,13 @@ def save(folder, settings, parts, progress):
         new.unlink(missing_ok=True)
         full = Path(folder).exists() and shutil.disk_usage(folder).free < 2**20
         why = "no space left" if full else error
-        kept = f"is of step {read(folder)['global_step']}" if path.exists() else "does not exist yet"
-        fail(f"cannot save: {why}; {path} {kept}")
+        fail(f"cannot save: {why}; {_of_step(path)}")
+
+
+def _of_step(path):
+    if not path.exists():
+        return f"{path} does not exist yet"
+    return f"{path} is of step {read(path.parent)['global_step']}"
 
 
 def load(folder, parts, progress, device):
@@ -131,7 +139,7 @@ def load(folder, parts, progress, device):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"{folder}/model.pt does not fit: {error}")
     saved = "buffer" in parts.keys() & checkpoint.keys()
-    anew = "" if saved else "; the replay fills anew, as it was not saved (--save-replay)"
+    anew = "" if saved else "; the replay fills anew (--save-replay keeps it)"
     say(f"resumed at step {progress['global_step']}{anew}")
     return progress
 
@@ -260,7 +268,12 @@ class Log:
             self.writer = None
             say(f"curves end here, as they cannot be written: {error}")
 
+    def flush(self):
+        """Put down what was written so far."""
+        self._curves("flush")
+
     def close(self):
+        """The last point stands."""
         self.bar.close()
         self._curves("close")
 

@@ -8,6 +8,7 @@ The run's program is the file of that name beside this one. Another environment 
 """
 
 import importlib
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,26 +25,25 @@ from envs import evaluate, make, settings_for
 class Args:
     run: tyro.conf.Positional[str]  # run folder
     env: str | None = None  # environment id (None: the run's own)
-    episodes: int | None = None  # games, all in parallel (None: as many as in the run's evaluations)
+    episodes: int | None = (
+        None  # games, all in parallel (None: as many as in the run's evaluations, of sc2: 16)
+    )
     video: bool = False  # save one game as play.gif in the run folder
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where everything lives; auto takes cuda if there is one
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    checkpoint = machine.read(args.run, "cpu")
+def open_run(folder):
+    """Program, settings and checkpoint of a run folder; SystemExit where it is none."""
+    checkpoint = machine.read(folder, "cpu")
     if not Path(__file__).with_name(f"{checkpoint['program']}.py").exists():
-        machine.fail(f"{args.run} is a run of {checkpoint['program']}.py, which is not beside play.py")
+        machine.fail(f"{folder} is a run of {checkpoint['program']}.py, which is not beside play.py")
     program = importlib.import_module(checkpoint["program"])
-    settings = program.Args(**machine.settings_of(args.run, program.__name__, program.Args.__annotations__))
-    env_id = args.env or settings.env
-    episodes = args.episodes
-    if episodes is None:
-        episodes = settings_for(env_id).get("eval_episodes", settings.eval_episodes)
-    try:
-        env = make(env_id, episodes, args.device, render=args.video, validate=False)
-    except (RuntimeError, ValueError) as error:
-        machine.fail(error)
+    settings = machine.settings_of(folder, program.__name__, program.Args.__annotations__)
+    return program, program.Args(**settings), checkpoint
+
+
+def greedy(program, settings, checkpoint, env, env_id):
+    """The policy of a run, for evaluate(); SystemExit where `env` has other sizes or bounds than the run."""
     own, trained = env.sizes, checkpoint["env"]["sizes"]
     if own | {"state_dim": None} != trained | {"state_dim": None}:  # the state is for training alone
         machine.fail(f"{env_id} has the sizes {own}, the run {trained}")
@@ -52,9 +52,21 @@ if __name__ == "__main__":
         if name in checkpoint["actor"] and not torch.equal(value.cpu(), checkpoint["actor"][name]):
             machine.fail(f"{env_id} has other bounds of actions ({name}) than the run")
     actor.load_state_dict(checkpoint["actor"])
+    return partial(program.act, actor)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    program, settings, checkpoint = open_run(args.run)
+    env_id, episodes = args.env or settings.env, args.episodes
+    if episodes is None:
+        episodes = min(settings.eval_episodes, settings_for(env_id).get("eval_episodes", math.inf))
+    with machine.set_up():
+        env = make(env_id, episodes, args.device, render=args.video, validate=False)
+    policy = greedy(program, settings, checkpoint, env, env_id)
     video = Path(args.run, "play.gif") if args.video else None
     try:
-        results = evaluate(env, partial(program.act, actor), video)
+        results = evaluate(env, policy, video)
     except (OSError, RuntimeError) as error:  # of a game that is a program of its own, or of the picture
         machine.fail(error)
     print("run | step |", " | ".join(results))

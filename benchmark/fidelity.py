@@ -12,7 +12,6 @@ beyond 3 once in 400 times; --speed writes speed.json. report.py makes a page of
 """
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -20,16 +19,15 @@ import shlex
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import machine
 from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
 from benchmark.scripted import TEAMS, Layout, actions_of
 from envs import make
+from play import greedy, open_run
 
 LIMIT = 3.0  # standard errors within which both engines count as equal
 FEWEST = 0.01  # life that makes a hit
@@ -117,18 +115,8 @@ def play(env, choose, rounds):
     return episodes
 
 
-def policy_of(run, env):
-    """The greedy policy of a run folder: obs, avail_actions, memory -> actions, memory."""
-    checkpoint = machine.read(run, "cpu")
-    program = importlib.import_module(checkpoint["program"])
-    settings = program.Args(**machine.settings_of(run, program.__name__, program.Args.__annotations__))
-    actor = program.Actor(env, settings)
-    actor.load_state_dict(checkpoint["actor"])
-    return partial(program.act, actor)
-
-
 def scripted(team, map_name, seed):
-    """The same for a team of scripted.py, with random actions of its own."""
+    """A team of scripted.py with random actions of its own, as a policy of evaluate()."""
     layout, generator = Layout(map_name), torch.Generator().manual_seed(seed)
     return lambda obs, avail_actions, memory: (actions_of(team, obs, avail_actions, layout, generator), None)
 
@@ -227,13 +215,13 @@ def main(argv=None):
         real = make(f"sc2:{args.env}", args.games, seed=args.seed, validate=False)
     except ValueError as error:
         sys.exit(f"fidelity.py: {error}")
+    learnt = {run: greedy(*open_run(run), real, args.env) for run in args.runs}
     ours = Singles(real.map_name, args.games, args.seed)
     results = []
     for name in [*args.teams, *args.runs]:
         sides = []
         for env in (ours, real):
-            scripts = name in args.teams
-            choose = scripted(name, real.map_name, args.seed) if scripts else policy_of(name, real)
+            choose = learnt.get(name) or scripted(name, real.map_name, args.seed)
             sides.append(play(env, choose, args.rounds))
         for measure, values in sides[0].items():
             mean, other, off = compare(values, sides[1][measure])

@@ -88,12 +88,13 @@ def main(argv=None):
     if args.child:
         child(args.tree, args.flags)
         return
-    cores = sorted(os.sched_getaffinity(0))
+    if len(cores := sorted(os.sched_getaffinity(0))) < 2:
+        parser.error("both trees run at the same time, on a core each: two are needed")
     trees = {"this commit": ROOT, "earlier commit": args.tree.resolve()}
     about = metadata("python benchmark/training_speed.py " + shlex.join(argv), threads=1)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        for core, (name, tree) in zip(cores, trees.items(), strict=False):
+        for core, (name, tree) in zip(cores[:2], trees.items(), strict=True):
             words = [sys.executable, __file__, "--child", "--tree", str(tree), "--", *args.flags]
             runs[name] = subprocess.Popen(
                 ["taskset", "-c", str(core), *words, "--device", "cpu", "--run-dir", f"{folder}/{core}"],

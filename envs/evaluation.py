@@ -14,13 +14,14 @@ STEPS = 10_000  # of an evaluation at most, where games have no known limit
 def evaluate(env, policy, video=None, stop=None):
     """Means over one episode of every game, always the same games; `video`: path of a GIF of game 0.
 
-    `policy(obs, avail_actions, memory)` gives actions and the memory for its next call, None at first. Once
-    something is in the list `stop`, nothing is returned; a game that breaks puts its error there, or raises
-    it where no list is given. A game without end counts as far as it went in STEPS steps.
+    `policy(obs, avail_actions, memory)` gives actions, as step() takes them for obs (B, N, O), and the memory
+    for its next call, None at first. Once something is in the list `stop`, nothing is returned; a game that
+    breaks, or a GIF that cannot be written, puts its error there, or raises it where no list is given. A game
+    without end counts as far as it went in STEPS steps.
     """
     try:
         return _evaluate(env, policy, video, stop)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         if stop is None:
             raise
         stop.append(error)

@@ -15,6 +15,7 @@ import os
 import pkgutil
 import signal
 import sys
+import tempfile
 import traceback
 import weakref
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ class PettingZoo(VecEnv):
                 self._workers.append(worker)
         except OSError as error:
             self.close()
-            hint = f"; take a shorter TMPDIR than {os.environ['TMPDIR']}" if "AF_UNIX" in str(error) else ""
+            hint = f"; take a shorter TMPDIR than {tempfile.gettempdir()}" if "AF_UNIX" in str(error) else ""
             raise ValueError(f"pettingzoo:{path}: no worker process starts ({error}){hint}") from error
         *self._announced, limit, space = self._ask("describe", {0: ()})[0]
         (n_agents, obs_dim, _), state_dim = self._announced

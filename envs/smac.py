@@ -10,9 +10,11 @@ Letters: B games, N agents, M enemies, U = N + M units (agents first, both in id
 O observation, S state, K type bits, C terrain cells; w and v constants of the map, u the units of one game.
 """
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -292,6 +294,7 @@ def start_warp(device):
         tempfile.TemporaryFile(dir=wp.config.kernel_cache_dir).close()
     except OSError as error:
         wp.config.kernel_cache_dir = tempfile.mkdtemp(prefix="warp_")
+        atexit.register(shutil.rmtree, wp.config.kernel_cache_dir, ignore_errors=True)
         wp.init()
         trouble = f", and in every run until WARP_CACHE_PATH is a folder that can be written ({error})"
     finally:

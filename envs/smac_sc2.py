@@ -81,7 +81,7 @@ class Sc2(Smac):
         self._recipe = dict(command=command, map_file=map_file, battle=self._battle, difficulty=level)
         self._recipe |= dict(learner=os.getpid(), replays=save_replay)
         self._timeout, self._seeds, self._failures = timeout, itertools.count(seed_of_game), [0] * num_envs
-        medics = self.sim.kinds["medic"][: self.n_agents] & self._view.is_mmm
+        medics = self.sim.kinds["medic"][: self.n_agents]
         self._first_target = np.where(medics, 0, self.n_agents)  # (N,)
         self._memory = self._games.units.cpu()  # the same memory, or what is copied to the GPU
         self._rows = self._memory.numpy().view(UNIT)[..., 0]  # (B, U)

@@ -38,9 +38,9 @@ class Troubled(VecEnv):
     """Games that end at random or by the clock, and in which `trouble` may come at step 60.
 
     It is "interrupt" (Ctrl-C), "kill", "hangup" (a closed terminal), "break" (an error of the game), "nan"
-    (rewards of that step), "blind" (no pictures at all), or, of evaluations, "interrupt_evaluation" at its
-    step 3, after which it never ends. "early" is Ctrl-C before any step. "lost" are games that break while
-    others go on: all in the first step, then one in every seventh.
+    (rewards of that step), "blind" (no pictures at all), "external" (games that no checkpoint can hold), or,
+    of evaluations, "interrupt_evaluation" at its step 3, after which it never ends. "early" is Ctrl-C before
+    any step. "lost" are games that break while others go on: all in the first step, then one in each seventh.
     """
 
     saved = (*VecEnv.saved, "time", "steps")
@@ -52,6 +52,8 @@ class Troubled(VecEnv):
         self.trouble, self.steps, self.external = trouble, 0, trouble == "lost"
         if trouble == "early":
             os.kill(os.getpid(), signal.SIGINT)
+        if trouble == "external":
+            self.saved = ()
         self.evaluates = False
 
     def reset(self, *, seed=None, options=None):
@@ -182,6 +184,7 @@ for _trouble in (
     "nan",
     "early",
     "lost",
+    "external",
 ):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 

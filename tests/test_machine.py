@@ -62,6 +62,7 @@ def test_curves_that_cannot_be_written_end_no_run(tmp_path, capsys):
     log.writer.add_scalar = log.writer.close = lambda *_: os.stat(tmp_path / "gone")
     for step in (1, 2):
         log.evaluation(step, 1.0, {"win_rate": 0.5})
+        log.flush()
     log.close()
     assert capsys.readouterr().out.count("curves end here, as they cannot be written: ") == 1
 
@@ -248,3 +249,11 @@ def test_a_game_that_breaks_in_an_evaluation_ends_the_run_as_in_a_step():
     assert evaluate(env, policy, stop=stop) == {} and str(stop[0]) == "game 1, step 7: it broke"
     with pytest.raises(RuntimeError, match="it broke"):  # where nobody would look into a list
         evaluate(env, policy)
+
+
+def test_a_gif_that_cannot_be_written_ends_the_run_as_a_game_that_breaks(tmp_path):
+    env, stop = Toy(2, "cpu", 0), []
+    video, policy = tmp_path / "gone" / "1.gif", lambda *_: (torch.ones(2, 3, dtype=torch.int64), None)
+    assert evaluate(env, policy, video, stop) == {} and isinstance(stop[0], FileNotFoundError)
+    with pytest.raises(FileNotFoundError):
+        evaluate(env, policy, video)

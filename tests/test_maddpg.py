@@ -248,6 +248,14 @@ def test_an_untrained_policy_plays_the_first_action_as_often_as_the_environment_
     assert probabilities == pytest.approx([0.1, 0.8], abs=0.05)
 
 
+@pytest.mark.parametrize("final_init", [0.0, 0.003])
+def test_last_layers_may_begin_near_zero(final_init):
+    for part in (maddpg.Actor, maddpg.Critic):
+        net = part(games(False), maddpg.Args(final_init=final_init))
+        first, *_, last = (weight.abs().max().item() for weight in net.weights)
+        assert first > 0.05 and (0.002 < last <= 0.003 if final_init else last > 0.05)
+
+
 def test_numbers_of_the_papers(parse):
     args = parse()
     assert (args.total_timesteps, args.warmup_steps, args.reward_scale) == (15_000, 1_000, 0.1)

@@ -15,6 +15,7 @@ from programs import EPISODE, MODULES, SMALL, STEP, Aim, checkpoint, same, scala
 
 import envs
 import machine
+from envs.base import VecEnv
 
 PROGRAMS = (*EPISODE, *STEP)
 TINY = {
@@ -311,6 +312,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.parametrize("program", EPISODE)
+@pytest.mark.parametrize(("trouble", "count"), [("external", 2), ("lost", 1)])
+def test_games_that_cannot_be_saved_begin_anew_with_their_agents_memory(
+    run, program, monkeypatch, trouble, count
+):
+    flags = ("--save-replay", "--eval-every", "0")
+    _, _, folder = run(*flags, env=f"toy_{trouble}")
+    reset, resets = VecEnv.reset, []
+    monkeypatch.setattr(VecEnv, "reset", lambda env, **more: resets.append(env) or reset(env, **more))
+    code, out, _ = run("--resume", folder, "--total-timesteps", "480", env=None)
+    assert code == 0 and "fills anew" not in out and len(resets) == count
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_a_resumed_run_cannot_do(run, program):
     _, _, folder = run("--total-timesteps", "40", "--eval-every", "0")
@@ -354,8 +368,7 @@ def test_a_replay_that_was_not_saved_fills_anew_and_the_run_says_so(run, program
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_run_without_any_update_says_so_at_both_ends(run, program):
     _, out, folder = run("--total-timesteps", "12" if program in EPISODE else "80", "--eval-every", "0")
-    words = "may end" if program in EPISODE else "ends"
-    assert f"this run {words} before its first update" in out and "after no updates" in out
+    assert "this run may end before its first update" in out and "after no updates" in out
     _, out, _ = run()
     assert "before its first update" not in out and re.search(r"after \d+ updates", out)
 
@@ -443,6 +456,16 @@ def test_nan_stops_the_run_with_step_and_name(run, program):
     code, _, folder = run(*flags, env=f"{toy_of(program)}_nan")
     assert re.match(rf"{program}\.py: \w+_loss is nan at step 400; .*$", code)
     assert not (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_nan_is_not_saved(run, program):
+    """Where no point is due, a checkpoint is as good a place to notice."""
+    flags = ("--total-timesteps", "4000", "--log-every", "4000", "--save-every", "220", "--eval-every", "0")
+    code, _, folder = run(*flags, env=f"{toy_of(program)}_nan")
+    assert re.match(rf"{program}\.py: \w+ is nan, so nothing is saved; .*/model.pt is of step \d+$", code)
+    state = checkpoint(folder)
+    assert state["global_step"] % 220 < 4 and all(x.isfinite().all() for x in state["actor"].values())
 
 
 # ---- flags ----
