@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmark.common import ENGINE, ROOT, last_fifth, today, write_csv, write_json
 
-PER_RUN = ("seed", "run_dir", "resume", "evaluate")  # not settings of the whole set
+PER_RUN = ("seed", "run_dir", "resume")  # not settings of the whole set
 MAX_POINTS = 250  # of a curve in the JSON file; longer ones are averaged in groups
 
 
@@ -80,8 +80,8 @@ def collect(args):
         kept = {tag: thin(*curve[:2]) for tag, curve in sorted(curves.items())}
         runs.append({
             "seed": seed, "wall_seconds": about["wall_seconds"], "started": about["started"],
-            "commit": about["commit"], "dirty": about["dirty"], "restarts": about.get("restarts", 0),
-            "peak_memory_mib": about.get("peak_memory_mib"),
+            "commit": about["commit"], "dirty": about["dirty"], "restarts": about["restarts"],
+            "peak_memory_mib": about["peak_memory_mib"],
             "summary": summarise(curves, about["start"], args.metric, args.target),
             "curves": {t: {"step": s, "value": [float(f"{x:.5g}") for x in v]} for t, (s, v) in kept.items()},
         })  # fmt: skip

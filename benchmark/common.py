@@ -6,7 +6,9 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,9 +50,10 @@ def hardware(threads=None, device="cpu"):
     return facts
 
 
-def metadata(command, **hardware_facts):
-    """What to put beside the numbers of a benchmark that runs in this process."""
-    return {"command": command, **commit(), "date": today(), "hardware": hardware(**hardware_facts)}
+def metadata(script, argv=None, **hardware_facts):
+    """What to put beside the numbers of a script of this folder that was called with these arguments."""
+    words = ["python", f"benchmark/{Path(script).name}", *(sys.argv[1:] if argv is None else argv)]
+    return {"command": shlex.join(words), **commit(), "date": today(), "hardware": hardware(**hardware_facts)}
 
 
 def today():
@@ -66,31 +69,29 @@ def describe(facts):
     return f"`{facts['command']}`, commit {commit}{dirty}, {facts['date']}; {hardware}."
 
 
+def load(folder):
+    """{file's name: content} of the JSON files in a folder of docs/results."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
+
+
 def load_sets(folder):
-    """The sets of runs in a folder of docs/results, as run_seeds.py wrote them: {file's name: content}."""
-    reports = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
-    return {name: report for name, report in reports.items() if "runs" in report}
+    """Those of them that are sets of runs, as run_seeds.py wrote them."""
+    return {name: report for name, report in load(folder).items() if "runs" in report}
 
 
 def sources(folder, reports):
     """The command that made each set of runs, its commit, date and hardware, as a Markdown list."""
-    items = []
-    for name, report in reports.items():
-        metric, target = report.get("metric", "eval/win_rate"), report.get("target", 0.9)
-        flags = (
-            "" if (metric, target) == ("eval/win_rate", 0.9) else f" --metric {metric} --target {target:g}"
-        )
-        command = (
-            f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(report['seeds'])}{flags}"
-        )
-        command += f" --workers {report['workers']} -- {report['command']}"
-        commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in report["runs"]}))
-        hardware = ", ".join(f"{key} {value}" for key, value in report["hardware"].items())
-        items.append(f"- `{command}`: commit {commits}, {report['date']}; {hardware}")
-    return (
-        "Sets of runs (a command works at its commit; flags and defaults have changed since):\n\n"
-        + "\n".join(items)
-    )
+    items = ["Sets of runs (a command works at its commit; flags and defaults have changed since):\n"]
+    for name, x in reports.items():
+        words = f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(x['seeds'])}"
+        if (x["metric"], x["target"]) != ("eval/win_rate", 0.9):
+            words += f" --metric {x['metric']} --target {x['target']:g}"
+        threads = x["hardware"].get("threads", 1)
+        words += f" --threads {threads}" * (threads != 1) + f" --workers {x['workers']} -- {x['command']}"
+        commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in x["runs"]}))
+        hardware = ", ".join(f"{key} {value}" for key, value in x["hardware"].items())
+        items.append(f"- `{words}`: commit {commits}, {x['date']}; {hardware}")
+    return "\n".join(items)
 
 
 def ranges(numbers):
@@ -110,10 +111,16 @@ def write_page(folder, title, claim, answer, *parts):
     print(f"written: {path}")
 
 
+def new_parser(docstring):
+    """A command line whose --help begins with a script's docstring."""
+    return argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def no_arguments(docstring, argv):
     """A command line that has --help only."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=docstring, formatter_class=formatter).parse_args(argv)
+    new_parser(docstring).parse_args(argv)
 
 
 def last_fifth(steps, values, end=None):

@@ -11,7 +11,6 @@ What stands behind ` -- ` goes to the program. particles.py writes the page.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from matplotlib.ticker import EngFormatter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import machine
 from benchmark import common
-from benchmark.common import ROOT, describe, markdown_table, metadata, write_json
+from benchmark.common import ROOT, describe, markdown_table, metadata, new_parser, write_json
 from dop_deterministic import Actor, DecomposedCritic, act
 from envs import evaluate, make
 from envs.evaluation import SEED
@@ -174,9 +173,7 @@ def above(measured):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seed of the run")
     parser.add_argument("--save-every", type=int, default=2000, help="environment steps between checkpoints")
     parser.add_argument("--runs", nargs="+", default=[], type=Path, help="run folders of finished runs")
@@ -187,7 +184,7 @@ def main(argv=None):
         finished.append(measure(machine.read(run, "cpu")))
     finished.sort(key=lambda measured: measured["seed"])
     checkpoints = [measure(x) for x in train(args.seed, args.save_every, argv[cut + 1 :])]
-    facts = metadata(shlex.join(["python", "benchmark/credit.py", *argv]), threads=torch.get_num_threads())
+    facts = metadata(__file__, argv, threads=torch.get_num_threads())
     content = facts | {"forces": rounded(FORCES), "checkpoints": checkpoints, "finished": finished}
     out = common.RESULTS / "fig4" / "credit.json"
     write_json(out, content)

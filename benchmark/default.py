@@ -3,8 +3,8 @@ chosen.
 
     python benchmark/default.py
 
-Reads the sets <name>_<map>.json there that run_seeds.py wrote, and of fig3 dop_mmm.json, which has the
-settings that became the default, and dop_mmm_bonus.json and dop_mmm_no_bonus.json, the former defaults.
+Reads the sets <name>_<map>.json there that run_seeds.py wrote, and of fig3 dop_<map>.json, which have the
+settings that became the default, and dop_<map>_bonus.json and dop_mmm_no_bonus.json, the former defaults.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 

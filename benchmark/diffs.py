@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.common import ROOT, describe, markdown_table, metadata, no_arguments, write_page
 
-COMMAND = "python benchmark/diffs.py"
 CLAIM = "Ours: files of one family differ in the algorithm, and share the frame line by line."
 FAMILIES = {
     "whole episodes": ["dop_stochastic.py", "coma.py", "qmix.py"],
@@ -39,7 +38,7 @@ def main(argv=None):
     parts.append("Counted by Python's difflib; `diff` may count a few lines otherwise.")
     answer = f"Two files of a family have {min(shared)} to {max(shared)} lines in common."
     write_page(
-        "diffs", "What the diff of two files shows", CLAIM, answer, *parts, describe(metadata(COMMAND))
+        "diffs", "What the diff of two files shows", CLAIM, answer, *parts, describe(metadata(__file__, argv))
     )
 
 

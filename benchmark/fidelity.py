@@ -11,11 +11,9 @@ docs/results/sc2/<map>.json: means over episodes, and their difference in standa
 beyond 3 once in 400 times; --speed writes speed.json. report.py makes a page of them.
 """
 
-import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, write_json
+from benchmark.common import RESULTS, ROOT, describe, markdown_table, metadata, new_parser, write_json
 from benchmark.scripted import TEAMS, Layout, actions_of
 from envs import make
 from play import greedy, open_run
@@ -178,9 +176,9 @@ def comparison_table(report):
     return f"{episodes}; {report['verdict']}.\n\n{markdown_table(header, rows)}"
 
 
-def write(out, command, **facts):
+def write(out, argv, **facts):
     """Write a file, and print what it says."""
-    report = metadata(command, threads=torch.get_num_threads()) | facts
+    report = metadata(__file__, argv, threads=torch.get_num_threads()) | facts
     write_json(out.with_suffix(".json"), report)
     print(f"{section(report)}\nwritten: {out}.json")
 
@@ -191,9 +189,7 @@ def section(report):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--env", default="mmm", help="map, without sc2: (arguments of sc2: behind commas)")
     parser.add_argument("--games", type=int, default=8, help="parallel games, about 1 GB of memory each")
     parser.add_argument("--rounds", type=int, default=4, help="episodes of each game and team")
@@ -204,14 +200,11 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=300, help="of --speed")
     parser.add_argument("--out", type=Path, help="result file, without suffix")
     args = parser.parse_args(argv)
-    command = shlex.join(["python", "benchmark/fidelity.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         if args.speed:
             rows = [speed(f"sc2:{args.env}", games, args.seed, args.steps) for games in (1, args.games)]
             extra = {name: value for name, value in os.environ.items() if name.startswith("FAKE_SC2_")}
-            return write(
-                args.out or RESULTS / "sc2" / "speed", command, steps=args.steps, **extra, results=rows
-            )
+            return write(args.out or RESULTS / "sc2" / "speed", argv, steps=args.steps, **extra, results=rows)
         real = make(f"sc2:{args.env}", args.games, seed=args.seed, validate=False)
     except ValueError as error:
         sys.exit(f"fidelity.py: {error}")
@@ -232,7 +225,7 @@ def main(argv=None):
     if not different:
         verdict = f"equal: none of {len(results)} measures differs by more than {LIMIT:g} standard errors"
     facts = dict(games=args.games, rounds=args.rounds, seed=args.seed, verdict=verdict)
-    write(args.out or RESULTS / "sc2" / real.map_name, command, **facts, results=results)
+    write(args.out or RESULTS / "sc2" / real.map_name, argv, **facts, results=results)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ One colour per file, one panel per environment and engine. The interval is a boo
 (benchmark/stats.py) at each step where every seed is still running; with one seed there is none.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import stats
+from benchmark.common import new_parser
 
 AXES = {"step": "environment steps", "hours": "hours of training", "minutes": "minutes of training"}
 NAMES = {
@@ -32,9 +32,7 @@ NAMES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="result files of run_seeds.py")
     parser.add_argument("--labels", nargs="+", help="one per file instead of its name")
     parser.add_argument("--tag", default="eval/win_rate", help="which curve")

@@ -7,8 +7,6 @@ sequential.py), writes the pages of engine/, scripted/ and sc2/ from what throug
 update_speed.py, scripted.py and fidelity.py measured, and README.md from the first lines of every page;
 `--index` writes README.md only."""
 
-import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -29,7 +27,7 @@ from benchmark import (
     training_speed,
     update_speed,
 )
-from benchmark.common import markdown_table, write_page
+from benchmark.common import load, markdown_table, new_parser, write_page
 
 HEADER = """# Results
 
@@ -55,13 +53,6 @@ shooting win some maps."""
 
 GAME_CLAIM = """Ours: beside the game's own time, wrapper and workers cost little, and games step at the same
 time."""
-
-
-def load(folder):
-    """{file's name: content} of the JSON files of a folder."""
-    return {
-        path.stem: json.loads(path.read_text()) for path in sorted((common.RESULTS / folder).glob("*.json"))
-    }
 
 
 def engine(files):
@@ -124,8 +115,7 @@ def index():
 
 
 def main(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--index", action="store_true", help="write README.md only")
     if not parser.parse_args(argv).index:
         for script in (cdm, smac, default, settings, particles, quadratic, sequential):

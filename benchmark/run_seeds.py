@@ -36,7 +36,7 @@ except ImportError:  # needed to run, not to collect
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import machine
 from benchmark.collect import collect
-from benchmark.common import RESULTS, ROOT, commit, describe, hardware, markdown_table, today
+from benchmark.common import RESULTS, ROOT, commit, describe, hardware, markdown_table, new_parser, today
 
 TAGS = "eval/* charts/episodic_return charts/episodic_length charts/win_rate charts/train_seconds".split()
 TAGS += "losses/entropy losses/grad_norm_actor".split()
@@ -47,9 +47,7 @@ LOSSES = 5  # workers or their machines that a seed may lose before it counts as
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--name", required=True, help="SET or FOLDER/SET, of its folder and its result files")
     add("--seeds", type=parse_seeds, required=True, help="for example 1-8 or 1,2,5")
@@ -128,8 +126,9 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             folder, seen = Path(place or scratch), {}
             folder.mkdir(parents=True, exist_ok=True)
-            put(folder, files)
-            news(folder, seen)
+            if not place:
+                put(folder, files)
+                news(folder, seen)
             words = [sys.executable if words[0] in PYTHON else words[0], *words[1:], "--run-dir", str(folder)]
             for checkpoint in folder.glob("*/model.pt"):
                 words += ["--resume", str(checkpoint.parent)]

@@ -8,7 +8,6 @@ near 1 has nearly no gradient: where the two disagree then, the critic cannot pu
 Prints a Markdown table.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from benchmark.common import markdown_table
+from benchmark.common import markdown_table, new_parser
 from dop_stochastic import Actor, Args, DecomposedCritic, epsilon_policy
 from envs import make
 
@@ -48,9 +47,7 @@ def measure(run, games=256, steps=20):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="run folders")
     rows = []
     for run in parser.parse_args(argv).runs:

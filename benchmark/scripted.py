@@ -9,9 +9,7 @@ parallel game, so that short episodes do not count more often. Writes docs/resul
 particles.json; report.py writes the page.
 """
 
-import argparse
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import common
-from benchmark.common import ENGINE, ROOT, describe, markdown_table, metadata, write_json
+from benchmark.common import ENGINE, ROOT, describe, markdown_table, metadata, new_parser, write_json
 from benchmark.stats import wilson
 from envs import make
 from envs.mpe import PAID_SPEED
@@ -275,9 +273,7 @@ smallest that wins.
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--maps", nargs="+", default=MAPS, help="SMAC maps")
     parser.add_argument("--teams", nargs="+", default=list(TEAMS), choices=TEAMS, help="scripted teams")
     parser.add_argument("--games", type=int, default=512, help="parallel games of each")
@@ -285,8 +281,7 @@ def main(argv=None):
     parser.add_argument("--episodes", type=int, default=2_000_000, help="of a random team on these two")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
     args = parser.parse_args(argv)
-    command = shlex.join(["python", "benchmark/scripted.py", *(sys.argv[1:] if argv is None else argv)])
-    about = metadata(command, threads=torch.get_num_threads()) | {"seed": args.seed}
+    about = metadata(__file__, argv, threads=torch.get_num_threads()) | {"seed": args.seed}
     if args.particles:
         results = {
             "aggregation": gather_all(args.episodes, args.seed),

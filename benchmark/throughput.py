@@ -12,11 +12,9 @@ a number is the median of the turns. Compilation and the first steps are not cou
 docs/results/engine/throughput.json; report.py writes the page.
 """
 
-import argparse
 import contextlib
 import gc
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from gymnasium import spaces
 
-from benchmark.common import ENGINE, RESULTS, describe, markdown_table, metadata, write_json
+from benchmark.common import ENGINE, RESULTS, describe, markdown_table, metadata, new_parser, write_json
 from envs import make
 
 PARTICLES = ("aggregation", "spread,n_agents=5")  # 5 agents in the plane, 25 steps
@@ -178,9 +176,7 @@ def section(report):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--envs", nargs="+", default=["MMM", "2s3z", "10m_vs_11m", "3m"], help="environment ids"
     )
@@ -210,10 +206,9 @@ def main(argv=None):
         parser.error(
             "the torch engine is commit cd8fb3c: git worktree add ../torch-engine cd8fb3c, then --tree"
         )
-    command = shlex.join(["python", "benchmark/throughput.py", *(sys.argv[1:] if argv is None else argv)])
     waiting = os.environ.get("OMP_WAIT_POLICY")  # of torch's idle threads, in all ways alike
-    command = f"OMP_WAIT_POLICY={waiting} {command}" if waiting else command
-    about = metadata(command, device=args.device)
+    about = metadata(__file__, argv, device=args.device)
+    about["command"] = f"OMP_WAIT_POLICY={waiting} " * bool(waiting) + about["command"]
     battles = [env_id for env_id in args.envs if env_id.lower() not in PARTICLES]
     about |= ({"engine": ENGINE} if battles else {}) | {"results": []}
     for threads in args.threads:

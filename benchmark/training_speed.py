@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import runpy
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import common
-from benchmark.common import ROOT, describe, markdown_table, metadata, write_json
+from benchmark.common import ROOT, describe, markdown_table, metadata, new_parser, write_json
 
 
 def child(tree, flags):
@@ -76,9 +75,7 @@ def section(report):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--tree", type=Path, required=True, help="work tree of the earlier commit")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="+", help="program and its flags, behind --")
@@ -91,7 +88,7 @@ def main(argv=None):
     if len(cores := sorted(os.sched_getaffinity(0))) < 2:
         parser.error("both trees run at the same time, on a core each: two are needed")
     trees = {"this commit": ROOT, "earlier commit": args.tree.resolve()}
-    about = metadata("python benchmark/training_speed.py " + shlex.join(argv), threads=1)
+    about = metadata(__file__, argv, threads=1)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for core, (name, tree) in zip(cores[:2], trees.items(), strict=True):

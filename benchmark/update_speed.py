@@ -15,9 +15,7 @@ nothing that computes the same in the same precision is faster. Writes docs/resu
 report.py writes the page.
 """
 
-import argparse
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -37,7 +35,7 @@ import maac
 import maddpg
 import qmix
 from benchmark import standins
-from benchmark.common import RESULTS, describe, markdown_table, metadata, write_json
+from benchmark.common import RESULTS, describe, markdown_table, metadata, new_parser, write_json
 from dop_stochastic import (
     PRESETS,
     Actor,
@@ -347,9 +345,7 @@ def section(report):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count()}))
     parser.add_argument("--repeats", type=int, default=15, help="turns of each way")
     parser.add_argument(
@@ -358,8 +354,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.repeats < 1 or min(args.threads) < 1:
         parser.error("--repeats and --threads must be at least 1")
-    command = shlex.join(["python", "benchmark/update_speed.py", *(sys.argv[1:] if argv is None else argv)])
-    about = metadata(command) | {"steps": T, "results": []}
+    about = metadata(__file__, argv) | {"steps": T, "results": []}
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
     steps = step_tasks(generator)

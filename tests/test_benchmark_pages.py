@@ -27,6 +27,7 @@ def write_set(folder, name, *runs, env="3m", engine=common.ENGINE, **more):
         for i, (x, step) in enumerate(zip(curves, steps, strict=True))
     ]
     facts = dict(name=f"{folder.name}/{name}", command=f"python {name}", env=env, engine=engine, date="today")
+    facts |= dict(metric="eval/win_rate", target=0.9)
     facts |= dict(
         workers=2, hardware={"cpu": "x"}, seeds=list(range(1, len(runs) + 1)), failed={}, runs=entries
     )
