@@ -118,7 +118,7 @@ def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=N
     handles = []
     for i, label in enumerate(labels):
         seeds = sorted({len(panel[label]["runs"]) for panel in panels.values() if label in panel})
-        text = f"{label} ({' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])})"
+        text = f"{label} ({' to '.join(map(str, seeds[:1] + seeds[1:][-1:]))} seed{'s' * (seeds != [1])})"
         handles.append(plt.Line2D([], [], color=f"C{i}", linewidth=2.0, label=text))
     note = "bold: interquartile mean, band: 95% bootstrap interval over seeds"
     style = dict(frameon=False, fontsize=9, title=note, title_fontsize=7)
