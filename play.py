@@ -25,9 +25,7 @@ from envs import evaluate, make, settings_for
 class Args:
     run: tyro.conf.Positional[str]  # run folder
     env: str | None = None  # environment id (None: the run's own)
-    episodes: int | None = (
-        None  # games, all in parallel (None: as many as in the run's evaluations, of sc2: 16)
-    )
+    episodes: int | None = None  # games, all in parallel (None: as the run's evaluations, of sc2 at most 16)
     video: bool = False  # save one game as play.gif in the run folder
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where everything lives; auto takes cuda if there is one
 

@@ -91,14 +91,9 @@ def table_of(reports):
     limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
     header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
     header += ["its own end", "greedy", "exploring"] if end > limit else []
-    header += [
-        "worst",
-        f"reached {TARGET:g}",
-        "median steps",
-        f"at {TARGET:g} to the end",
-        "entropy",
-        "minutes",
-    ]
+    header += f"worst, reached {TARGET:g}, median steps, at {TARGET:g} to the end, entropy, minutes".split(
+        ", "
+    )
     return markdown_table(header, [row(label, x, limit, end > limit) for label, x in reports.items()])
 
 
