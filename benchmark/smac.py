@@ -91,9 +91,8 @@ def table_of(reports):
     limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
     header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
     header += ["its own end", "greedy", "exploring"] if end > limit else []
-    header += f"worst, reached {TARGET:g}, median steps, at {TARGET:g} to the end, entropy, minutes".split(
-        ", "
-    )
+    more = f"worst, reached {TARGET:g}, median steps, at {TARGET:g} to the end, entropy, minutes"
+    header += more.split(", ")
     return markdown_table(header, [row(label, x, limit, end > limit) for label, x in reports.items()])
 
 
