@@ -85,7 +85,8 @@ def main(argv=None):
     for name, report in fig3.items():
         if name == f"dop_{report['env']}" and settings(report) == settings(chosen):
             seeds, steps = reached(report)
-            told.append(f"{report['env']} {seeds.split(' (')[0]} (median {steps} steps)")
+            after = f"(median {steps} steps)" if steps != "-" else f"within {length(report):,} steps"
+            told.append(f"{report['env']} {seeds.split(' (')[0]} {after}")
     (mmm, sooner), (on_3m, _) = reached(bonus), reached(bonus_3m)
     mmm, on_3m, *tried = (x.split(" (")[0] for x in (mmm, on_3m, *(reached(x)[0] for x in trials)))
     text = f"""Seeds that reach a greedy win rate of {TARGET:g} with the default settings: {", ".join(told)}.

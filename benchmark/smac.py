@@ -145,6 +145,8 @@ def answer(title, maps):
     """What the duels say, in words."""
     said, steps = {"better than": [], "worse than": [], "not told apart from": []}, set()
     for label, count, both, limits in duels(maps):
+        if max(len(seeds) for x in both["greedy"] for seeds in x) < 2:
+            continue  # single runs tell nothing of probabilities
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
         word = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not told apart from"
@@ -152,7 +154,7 @@ def answer(title, maps):
             f"{label} ({between(improvement, *both['greedy'])}, {count} map{'s' * (count > 1)})"
         )
     if not steps:
-        return f"{title}: nothing to compare (sets of {', '.join(maps)} only)"
+        return f"{title}: too few for a comparison ({', '.join(maps)})"
     words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in said.items() if labels)
     lengths = " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
     return f"{title} ({lengths} steps): DOP is {words}"

@@ -103,7 +103,7 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     assert "QMIX" not in text[short:long] and "_long" not in text[short:long]
     assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[long:]
     assert "Long runs (2,000 steps): DOP is better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:short]
-    assert "Short runs: nothing to compare (sets of mmm only)" in text[:short]
+    assert "Short runs: too few for a comparison (mmm)" in text[:short]
     assert "| coma_mmm (mmm, another) | 1 | 0.50 |" in text[others:]
     assert f"| dop_mmm_paper (mmm, {common.ENGINE}) | 1 | 0.12 | 0.00 |" in text[others:]
     for name in ("profile_long", "greedy_long", "exploring_long", "greedy", "exploring"):
