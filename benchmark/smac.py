@@ -125,7 +125,8 @@ def duels(maps):
             limits = [min(map(length, pair)) for pair in pairs]
             ours, theirs = zip(*pairs, strict=True)
             both = {kind: (columns(ours, kind, limits), columns(theirs, kind, limits)) for kind in TAGS}
-            yield label, len(pairs), both, limits
+            if max(len(seeds) for x in both["greedy"] for seeds in x) > 1:  # single runs tell no probability
+                yield label, len(pairs), both, limits
 
 
 def duel_table(maps):
@@ -145,8 +146,6 @@ def answer(title, maps):
     """What the duels say, in words."""
     said, steps = {"better than": [], "worse than": [], "not told apart from": []}, set()
     for label, count, both, limits in duels(maps):
-        if max(len(seeds) for x in both["greedy"] for seeds in x) < 2:
-            continue  # single runs tell nothing of probabilities
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
         word = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not told apart from"
