@@ -20,8 +20,8 @@ SETTINGS = ("paper", "official", "appendix", "published")
 ALGORITHMS = {
     "dop": "DOP", "coma": "COMA", "qmix": "QMIX", "maac": "MAAC", "dop_deterministic": "deterministic DOP",
 }  # fmt: skip
-CLAIM = """The settings of the papers and of their authors' codes (`--setting`; for MAAC flags, below)
-learn in this repository too, those for SMAC within the 2,000,000 steps that they were made for."""
+CLAIM = """The settings of the papers and of their authors' codes (`--setting`; for MAAC flags, below) are
+said to learn, those for SMAC within 2,000,000 steps or more of StarCraft II."""
 HOW = """A figure's curve of one seed has no band. The defaults are sets of [fig3](../fig3/README.md) and
 [fig4](../fig4/README.md)."""
 
