@@ -353,6 +353,8 @@ def test_who_kills_a_worker_or_a_game_loses_one_step(victim, build, tmp_path, ca
         env.reset()
     mates = processes(tmp_path)
     os.kill(processes(tmp_path, victim)[0], signal.SIGKILL)
+    if victim == "fake_sc2":  # its fork in the hall, which plays, ends a moment later
+        wait_until(lambda: not all(Path(f"/proc/{pid}").exists() for pid, *_ in launches(tmp_path)))
     one_breaks(real, ours, 1, torch.Generator().manual_seed(1))
     assert len(processes(tmp_path)) == len(mates) and len(set(processes(tmp_path)) & set(mates)) == 2
     assert "starts anew" in capfd.readouterr().err
