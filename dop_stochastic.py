@@ -257,13 +257,13 @@ def td_lambda_targets(reward, terminated, mask, q_taken, next_q, gamma, td_lambd
 
 
 def expected_policy_gradient_loss(k, q_values, pi, mask):
-    """Minus Eq. 9, its own action exact; k (..., N), q_values and pi (..., N, A), mask (...)."""
+    """Minus Eq. 9, exact in the own action; k (..., N), q_values and pi (..., N, A), mask (...)."""
     # Eq. 9 of [DOP]: E_pi[sum_i k_i grad log pi_i(a_i) Q_i(a_i)] = sum_i k_i sum_a grad pi_i(a) Q_i(a)
     return -(k.detach() * (pi * q_values.detach()).sum(-1) * mask.unsqueeze(-1)).sum() / mask.sum()
 
 
 def sampled_policy_gradient_loss(k, q_values, pi, actions, mask):
-    """Minus Eq. 9 at the actions (..., N) played, with the utility U_i of Appendix A.3.1; others as above."""
+    """Minus Eq. 9 at the actions (..., N) played, with the utility U_i of Appendix A.3.1; shapes as above."""
     k, q_values, actions = k.detach(), q_values.detach(), actions.unsqueeze(-1)
     advantage = q_values.gather(-1, actions).squeeze(-1) - (pi.detach() * q_values).sum(-1)  # (..., N)
     log_pi_taken = pi.gather(-1, actions).squeeze(-1).clamp_min(torch.finfo(pi.dtype).tiny).log()  # (..., N)

@@ -273,7 +273,7 @@ class Log:
         self._curves("flush")
 
     def close(self):
-        """The last point stands."""
+        """End the bar and the curves."""
         self.bar.close()
         self._curves("close")
 

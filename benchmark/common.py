@@ -86,7 +86,7 @@ def sources(folder, reports):
         words = f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(x['seeds'])}"
         if (x["metric"], x["target"]) != ("eval/win_rate", 0.9):
             words += f" --metric {x['metric']} --target {x['target']:g}"
-        threads = x["hardware"].get("threads", 1)
+        threads = x["hardware"]["threads"]
         words += f" --threads {threads}" * (threads != 1) + f" --workers {x['workers']} -- {x['command']}"
         commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in x["runs"]}))
         hardware = ", ".join(f"{key} {value}" for key, value in x["hardware"].items())

@@ -5,7 +5,7 @@
 For each run folder of dop_stochastic.py: the mean probability of the greedy action without exploration, and
 how often it is also the critic's best, over the living agents of the first 20 steps of 256 games. A softmax
 near 1 has nearly no gradient: where the two disagree then, the critic cannot pull the actor away.
-Prints a Markdown table.
+Prints a Markdown table; --out docs/results/settings/saturation writes a file for the page there.
 """
 
 import sys
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from benchmark.common import markdown_table, new_parser
+from benchmark.common import describe, markdown_table, metadata, new_parser, write_json
 from dop_stochastic import Actor, Args, DecomposedCritic, epsilon_policy
 from envs import make
 
@@ -46,14 +46,25 @@ def measure(run, games=256, steps=20):
     return torch.cat(probabilities).mean().item(), torch.cat(agreements).mean().item()
 
 
+def section(report):
+    """The table of a report, in Markdown."""
+    rows = [[x["run"], f"{x['probability']:.3f}", f"{x['agreement']:.2f}"] for x in report["results"]]
+    table = markdown_table(["run", "greedy action's probability", "it is the critic's best"], rows)
+    return f"{table}\n{describe(report)}\n"
+
+
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="run folders")
-    rows = []
-    for run in parser.parse_args(argv).runs:
+    parser.add_argument("--out", type=Path, help="result file, without suffix")
+    args, results = parser.parse_args(argv), []
+    for run in args.runs:
         probability, agreement = measure(run)
-        rows.append([Path(run).name, f"{probability:.3f}", f"{agreement:.2f}"])
-    print(markdown_table(["run", "greedy action's probability", "it is the critic's best"], rows))
+        results.append(dict(run=Path(run).name, probability=probability, agreement=agreement))
+    report = metadata(__file__, argv, threads=torch.get_num_threads()) | {"results": results}
+    print(section(report))
+    if args.out:
+        write_json(args.out.with_suffix(".json"), report)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Reads the files <algorithm>_<task>_<agents>.json there that run_seeds.py wrote f
 [MASQL] Wei et al., "Multiagent Soft Q-Learning", AAAI Spring Symposium 2018.
 """
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ CLAIM = """The paper leaves open how its sampler of joint actions does in sequen
 the dimension of the joint action, which grows with the agents, will be its limit."""
 LEGEND = f"""Returns are greedy (zero noise), means over the evaluations after 80% of the steps, as IQM over
 seeds; a seed wins at the end if its last evaluation wins {SOLVED:g} of the games. Random: uniform forces.
+Seconds: of a run on one core of a busy machine, median.
 Both algorithms have the settings of their `PRESETS` for the task, whatever the number of agents. MASQL's are
 no more than a guess, as no paper has any: a third of MADDPG's updates (a sixth on aggregation), which are
 dearer; a row says where they are as many. The stone of the mill weighs a tenth per agent, so that all teams
@@ -66,16 +68,19 @@ def main(argv=None):
                 won = success_rate(outcomes(report)[1])
                 ends[label] = won.split(" (")[0]
             steps = f"{report['summary']['steps']['min']:,}"
-            rows.append([task, agents, label, len(report["runs"]), steps, mean, won])
+            seconds = statistics.median(run["wall_seconds"] for run in report["runs"])
+            rows.append([task, agents, label, len(report["runs"]), steps, mean, won, f"{seconds:.0f}"])
         random = random_return(next(iter(sets.values()))["env"])
-        rows.append([task, agents, "random forces", "-", "-", f"{random:.2f}", "-"])
+        rows.append([task, agents, "random forces", "-", "-", f"{random:.2f}", "-", "-"])
         if {"MASQL", "MADDPG"} <= ends.keys():
             more = f", with MADDPG's number of updates {ends[MORE]}" if MORE in ends else ""
             told.append(f"{agents} agents on {task}: {ends['MASQL']} ({ends['MADDPG']}){more}")
     draw_panels(panels, common.RESULTS / "masql_sequential" / "return.png", "eval/episodic_return")
     answer = f"""Seeds of MASQL that win at the end (on spread, where nobody wins, the return), and of MADDPG
     in brackets: {"; ".join(told) or "not run"}."""
-    table = markdown_table(["task", "agents", "", "seeds", "steps", "return", "win at the end"], rows)
+    table = markdown_table(
+        ["task", "agents", "", "seeds", "steps", "return", "win at the end", "seconds"], rows
+    )
     command = "Written by `python benchmark/sequential.py`."
     parts = ["![greedy return](return.png)", table, LEGEND, command, sources("masql_sequential", reports)]
     write_page("masql_sequential", "MASQL in sequential games", CLAIM, answer, *parts)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import common
-from benchmark.common import load_sets, no_arguments, sources, write_page
+from benchmark import common, saturation
+from benchmark.common import load, load_sets, no_arguments, sources, write_page
 from benchmark.plot import draw_panels
 from benchmark.smac import LEGEND, READ, TAGS, TARGET, length, reached, table_of
 
@@ -20,8 +20,11 @@ SETTINGS = ("paper", "official", "appendix", "published")
 ALGORITHMS = {
     "dop": "DOP", "coma": "COMA", "qmix": "QMIX", "maac": "MAAC", "dop_deterministic": "deterministic DOP",
 }  # fmt: skip
-CLAIM = """The settings of the papers and of their authors' codes (`--setting`; for MAAC flags, below) are
-said to learn, those for SMAC within 2,000,000 steps or more of StarCraft II."""
+CLAIM = """The papers: their settings, and those of their authors' codes (`--setting`; for MAAC flags,
+below), learn; on SMAC within some millions of steps of StarCraft II."""
+SATURATION = """At the end of runs of DOP: the mean softmax probability of the greedy action, and how often it
+is the best by the agent's own critic. Near 1 a softmax has nearly no gradient: where the two disagree then,
+the critic cannot move the policy."""
 HOW = """A figure's curve of one seed has no band. The defaults are sets of [fig3](../fig3/README.md) and
 [fig4](../fig4/README.md)."""
 
@@ -66,6 +69,12 @@ def main(argv=None):
         draw_panels(panels, common.RESULTS / "settings" / f"{kind}.png", tag)
         parts.append(f"![win rates, {kind}]({kind}.png)")
     text = f"Seeds that reach a greedy win rate of {TARGET:g}: {'; '.join(told)}."
+    if "saturation" in (files := load("settings")):
+        tables += [
+            "## Do the actors still follow their critics?",
+            SATURATION,
+            saturation.section(files["saturation"]),
+        ]
     parts += [*tables, "## How to read", HOW, LEGEND, "Written by `python benchmark/settings.py`."]
     title = "Settings of the papers and of their authors' codes"
     write_page("settings", title, CLAIM, text, *parts, sources("settings", reports))

@@ -29,7 +29,11 @@ def write_set(folder, name, *runs, env="3m", engine=common.ENGINE, **more):
     facts = dict(name=f"{folder.name}/{name}", command=f"python {name}", env=env, engine=engine, date="today")
     facts |= dict(metric="eval/win_rate", target=0.9)
     facts |= dict(
-        workers=2, hardware={"cpu": "x"}, seeds=list(range(1, len(runs) + 1)), failed={}, runs=entries
+        workers=2,
+        hardware={"cpu": "x", "threads": 1},
+        seeds=list(range(1, len(runs) + 1)),
+        failed={},
+        runs=entries,
     )
     facts |= {"summary": {"steps": {"min": min(steps)}}}
     common.write_json(folder / f"{name}.json", facts | more)
@@ -213,9 +217,13 @@ def test_settings_stand_beside_the_defaults(results, capsys):
     write_set(results / "settings", "paper_dop_3m", smac_run(0.0, 0.95, 1.0, exploring=0.5))
     write_set(results / "settings", "paper_dop_deterministic_mill", smac_run(0.0, exploring=0.0), env="mill")
     write_set(results / "fig3", "dop_3m", smac_run(0.95, 1.0, exploring=0.5))
+    facts = dict(command="x", commit="abc", dirty=False, date="today", hardware={"cpu": "y"})
+    facts |= {"results": [dict(run="z", probability=0.9996, agreement=0.25)]}
+    common.write_json(results / "settings" / "saturation.json", facts)
     write_set(results / "fig4", "dop_mill", smac_run(1.0, exploring=0.5), env="mill")
     settings.main([])
     text = (results / "settings" / "README.md").read_text()
+    assert "## Do the actors still follow their critics?" in text and "| z | 1.000 | 0.25 |" in text
     assert "DOP, paper, on 3m: 1 of 1 within 3,000 steps, after 2,000 steps; " in text
     assert "deterministic DOP, paper, on mill: 0 of 1 within 1,000 steps." in text
     assert "| DOP, default | 1 | 1.00 | 0.50 | 2,000 |" in text

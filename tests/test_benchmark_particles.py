@@ -18,7 +18,9 @@ def write_report(folder, name, curves, **more):
         steps = [100 * (k + 1) for k in range(len(next(iter(tags.values()))))]
         runs.append({"seed": i + 1, "commit": "abc", "summary": {"steps": steps[-1]}})
         runs[-1]["curves"] = {tag: {"step": steps, "value": values} for tag, values in tags.items()}
-    facts = dict(name=name, command=f"python {name}", date="today", workers=2, hardware={"cpu": "x"})
+    facts = dict(
+        name=name, command=f"python {name}", date="today", workers=2, hardware={"cpu": "x", "threads": 1}
+    )
     facts |= dict(metric="eval/win_rate", target=0.9)
     facts |= dict(seeds=[1, len(runs)], failed={}, settings={"eval_episodes": 128}, runs=runs) | more
     common.write_json(folder / f"{name}.json", facts)
