@@ -43,7 +43,8 @@ itself). First at the steps that all sets of a table have; then, where some are 
 Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
 {TARGET:g}, and the median of the steps that it took, where half of the seeds got there. At {TARGET:g} to the
 end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
-Entropy: of the policies at the end, median. Minutes: of a run on one core, evaluations included, median; the
+Return: greedy, after 80% of the steps, median of seeds; of about 20 for a win, so that where nobody wins it
+tells how much damage is done. Entropy: of the policies at the end, median. Minutes: of a run on one core, evaluations included, median; the
 machine's other core was mostly busy too. Battles of a map begin alike, so that greedy teams often win
 nearly all or nearly none; the exploring rate shows the trend. The battles are those of this repository's
 embedded simulator, not StarCraft II.
@@ -91,7 +92,7 @@ def table_of(reports):
     limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
     header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
     header += ["its own end", "greedy", "exploring"] if end > limit else []
-    more = f"worst, reached {TARGET:g}, median steps, at {TARGET:g} to the end, entropy, minutes"
+    more = f"worst, reached {TARGET:g}, median steps, at {TARGET:g} to the end, return, entropy, minutes"
     header += more.split(", ")
     return markdown_table(header, [row(label, x, limit, end > limit) for label, x in reports.items()])
 
@@ -107,6 +108,7 @@ def row(label, report, limit, with_end):
     cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
     last = scores(report, "greedy", end)
     cells += [f"{min(last):.2f}", *reached(report), success_rate([x >= TARGET for x in last])]
+    cells.append(f"{statistics.median(run['summary']['last_fifth_return'] for run in report['runs']):.1f}")
     minutes = statistics.median(run["wall_seconds"] for run in report["runs"]) / 60
     return [*cells, f"{statistics.median(ends):.2f}" if ends else "-", f"{minutes:.0f}"]
 

@@ -23,9 +23,10 @@ def write_set(folder, name, *runs, env="3m", engine=common.ENGINE, **more):
     curves = [{tag: {"step": x, "value": y} for tag, (x, y) in run.items()} for run in runs]
     steps = [max(x[-1] for x, _ in run.values()) for run in runs]
     entries = [
-        {"seed": i + 1, "commit": "abc", "wall_seconds": 20.0 + i, "summary": {"steps": step}, "curves": x}
-        for i, (x, step) in enumerate(zip(curves, steps, strict=True))
+        {"seed": i + 1, "commit": "abc", "wall_seconds": 20.0 + i, "curves": x} for i, x in enumerate(curves)
     ]
+    for entry, step in zip(entries, steps, strict=True):
+        entry["summary"] = {"steps": step, "last_fifth_return": 12.34}
     facts = dict(name=f"{folder.name}/{name}", command=f"python {name}", env=env, engine=engine, date="today")
     facts |= dict(metric="eval/win_rate", target=0.9)
     facts |= dict(
@@ -82,9 +83,10 @@ def test_smac_cuts_curves_to_equal_steps(results, capsys):
     assert line.startswith(
         "| DOP | 2 (1 failed) | 0.38 [0.25, 0.50] | - | 3,000 | 0.75 [0.50, 1.00] | - | 0.50 |"
     )
-    assert line.endswith(f"| {half} | - | {half} | - | 0 |")  # half of the seeds: the median is never reached
+    assert line.endswith(f"| {half} | - | {half} | 12.3 | - | 0 |")  # half of the seeds: no median
     none = stats.success_rate([False])
-    assert f"| COMA | 1 | 0.25 | 0.12 | 2,000 | 0.25 | 0.12 | 0.25 | {none} | - | {none} | 0.04 | 0 |" in text
+    line = f"| COMA | 1 | 0.25 | 0.12 | 2,000 | 0.25 | 0.12 | 0.25 | {none} | - | {none} | 12.3 | 0.04 | 0 |"
+    assert line in text
     # one map: P(DOP is better) at the 2000 steps of both: one of two seeds beats COMA, one ties
     assert "| COMA | 1 | 2,000 to 2,000 | 2 and 1 | 0.38 [0.25, 0.50] | 0.25 | 0.75 " in text
     assert not (fig3 / "profile.png").exists() and (fig3 / "greedy.png").exists()
