@@ -19,7 +19,8 @@ By default also, to win in less time (docs/dop_stochastic.md), unlike `--setting
 5. more games; the critic takes 8 minibatches, at another learning rate; epsilon falls sooner;
 6. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 7. the local critics share their two layers and start at zero, and the actor waits for them;
-8. a pull to uniform policies keeps the softmax from saturating; the actor's learning rate is twice theirs.
+8. a pull to uniform policies keeps the softmax from saturating; the actor's learning rate is twice theirs;
+9. evaluations play an average of the latest actors, which does not fall back as single ones do.
 """
 
 import copy
@@ -68,11 +69,11 @@ class Args:
     tb_lambda: float = 0.93  # lambda of the tree backup, Eq. 7 (official code)
     n_steps: int = 5  # steps k of the tree backup (Appendix G.1 of [DOP])
     kappa: float = 0.5  # weight of the off-policy loss in Eq. 6 (Appendix G.1 of [DOP])
-    # E_pi[Q_tot] by Eq. 5, from sampled joint actions, or on-policy loss only (section 5.1.1 of [DOP])
-    tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"
+    tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"  # by Eq. 5, sampled, or no replay
     actor_gradient: Literal["expected", "sampled"] = "expected"  # of Eq. 9: over all own actions, or one
     actor_loss_mean: Literal["steps", "agents"] = "steps"  # mean over steps, or agents too (official code)
     uniform_coef: float = 0.01  # weight of the pull to uniform policies in the actor's loss (0 in [DOP])
+    averaging: float = 0.98  # what an iteration leaves of the average of actors (0 in [DOP]: none)
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
     epsilon_end: float = 0.05  # the same after the decay (Appendix G.1 of [DOP])
@@ -98,17 +99,17 @@ class Args:
 PRESETS = {
     "paper": dict(
         num_envs=4, actor_lr=5e-4, critic_lr=1e-4, actor_gradient="sampled", uniform_coef=0.0,
-        separate_critics=True, epsilon_start=1.0, epsilon_steps=500_000, critic_updates=1, critic_warmup=0,
-        target_period=8, total_timesteps=2_000_000,
+        averaging=0.0, separate_critics=True, epsilon_start=1.0, epsilon_steps=500_000, critic_updates=1,
+        critic_warmup=0, target_period=8, total_timesteps=2_000_000,
     ),
     # the authors' code: 16 + 32 episodes in one mean, hence kappa, and a target every 600 critic steps
     "official": dict(
         num_envs=4, actor_lr=5e-4, critic_lr=1e-4, kappa=0.67, actor_gradient="sampled",
-        actor_loss_mean="agents", uniform_coef=0.0, separate_critics=True, epsilon_steps=500_000,
-        critic_updates=0, critic_warmup=0, target_period=10, total_timesteps=2_000_000,
+        actor_loss_mean="agents", uniform_coef=0.0, averaging=0.0, separate_critics=True,
+        epsilon_steps=500_000, critic_updates=0, critic_warmup=0, target_period=10, total_timesteps=2_000_000,
     ),
     "cdm": dict(
-        num_envs=4, actor_lr=5e-4, uniform_coef=0.0, critic_updates=1, total_timesteps=10_000,
+        num_envs=4, actor_lr=5e-4, uniform_coef=0.0, averaging=0.0, critic_updates=1, total_timesteps=10_000,
         epsilon_steps=5_000, eval_every=500, eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip
@@ -463,7 +464,8 @@ if __name__ == "__main__":
     # ---- networks and storage ----
     generator = Stream(env.device).manual_seed(seeds[2])
     actor, critic = Actor(env, args).to(env.device), DecomposedCritic(env, args).to(env.device)
-    critic_target = copy.deepcopy(critic)
+    critic_target, average = copy.deepcopy(critic), copy.deepcopy(actor)
+    weights = [list(x.state_dict().values()) for x in (average, actor)]  # their own memory, no copies
     actor_optimizer = torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5)
     critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5)
     optimizers = (actor_optimizer, critic_optimizer)
@@ -471,7 +473,7 @@ if __name__ == "__main__":
     draws = draws[:1] if args.tree_backup == "none" else draws
     needed = max(n for n, _ in draws)  # episodes
     buffer = EpisodeBuffer(args.off_policy_size, env, "lower --off-policy-size")
-    parts = dict(actor=actor, critic=critic, critic_target=critic_target)
+    parts = dict(actor=actor, average=average, critic=critic, critic_target=critic_target)
     parts |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
 
@@ -517,10 +519,9 @@ if __name__ == "__main__":
         updates, new_episodes = divmod(new_episodes, args.episodes_per_iteration)
         for _ in range(updates if buffer.n_episodes >= needed else 0):
             iteration += 1
-            losses = update(
-                args, actor, critic, critic_target, optimizers, buffer.sample(draws, generator), epsilon,
-                generator, train_actor=iteration > args.critic_warmup,
-            )  # fmt: skip
+            batch, trains = buffer.sample(draws, generator), iteration > args.critic_warmup
+            losses = update(args, actor, critic, critic_target, optimizers, batch, epsilon, generator, trains)
+            torch._foreach_lerp_(*weights, 1 - args.averaging)
             if iteration % args.target_period == 0:
                 critic_target.load_state_dict(critic.state_dict())
         train_seconds += time.perf_counter() - started
@@ -531,7 +532,7 @@ if __name__ == "__main__":
             log.training(global_step, train_seconds, losses, epsilon=epsilon)
         if machine.due(args.eval_every, global_step, args.num_envs, last):
             video = run / f"{global_step}.gif" if args.capture_video else None
-            log.evaluation(global_step, train_seconds, evaluate(eval_env, partial(act, actor), video, stop))
+            log.evaluation(global_step, train_seconds, evaluate(eval_env, partial(act, average), video, stop))
         progress = dict(global_step=global_step, iteration=iteration, train_seconds=train_seconds)
         progress |= dict(new_episodes=new_episodes, memory=memory, losses=losses, recent=log.recent)
         if machine.due(args.save_every, global_step, args.num_envs):

@@ -49,7 +49,7 @@ def greedy(program, settings, checkpoint, env, env_id):
     for name, value in actor.named_buffers():  # low and high
         if name in checkpoint["actor"] and not torch.equal(value.cpu(), checkpoint["actor"][name]):
             machine.fail(f"{env_id} has other bounds of actions ({name}) than the run")
-    actor.load_state_dict(checkpoint["actor"])
+    actor.load_state_dict(checkpoint.get("average", checkpoint["actor"]))  # what the run's evaluations play
     return partial(program.act, actor)
 
 
@@ -65,6 +65,8 @@ if __name__ == "__main__":
     video = Path(args.run, "play.gif") if args.video else None
     try:
         results = evaluate(env, policy, video)
+    except KeyboardInterrupt:
+        machine.fail(130)
     except (OSError, RuntimeError) as error:  # of a game that is a program of its own, or of the picture
         machine.fail(error)
     print("run | step |", " | ".join(results))

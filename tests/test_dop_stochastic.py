@@ -1,5 +1,6 @@
 """Stochastic DOP around its equations: networks, storage, one iteration, and the program itself."""
 
+import itertools
 import math
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from programs import A, N, Toy, checkpoint, games, random_episodes, random_play, same
 
 import dop_stochastic as dop
+import machine
 
 SCRIPT, OBS, S = Path(dop.__file__), Toy.OBS, Toy.S
 SMALL = dict(hidden_dim=16, critic_hidden_dim=16)
@@ -350,7 +352,7 @@ def test_critics_of_another_kind_cannot_go_on(run):
 def test_numbers_of_the_official_code(parse):
     args = parse("--setting", "official")
     assert (args.num_envs, args.critic_lr, args.critic_updates) == (4, 1e-4, 0)
-    assert args.actor_loss_mean == "agents" and args.uniform_coef == 0
+    assert args.actor_loss_mean == "agents" and args.uniform_coef == args.averaging == 0
     assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (0.5, 0.05, 500_000)
 
 
@@ -358,5 +360,33 @@ def test_numbers_of_the_paper(parse):
     args = parse("--setting", "paper")
     numbers = (args.num_envs, args.critic_lr, args.actor_lr, args.epsilon_start, args.epsilon_steps)
     assert numbers == (4, 1e-4, 5e-4, 1.0, 500_000)  # Appendix G.1 of [DOP]
-    assert args.uniform_coef == 0
+    assert args.uniform_coef == args.averaging == 0
     assert args.separate_critics and not parse("--setting", "paper", "--no-separate-critics").separate_critics
+
+
+def test_evaluations_play_the_average_of_actors(run, play, monkeypatch):
+    """After every step: the average and the actor of the checkpoint, one iteration of 0.9 to 0.1 later."""
+    saved = []
+
+    def keep(folder, args, parts, progress):
+        networks = [[x.clone() for x in parts[name].state_dict().values()] for name in ("average", "actor")]
+        saved.append((progress["iteration"], *networks))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "save", keep)
+        assert run("--averaging", "0.9", "--save-every", "4")[0] == 0
+    moved = 0
+    for (before, old, _), (after, new, actor) in itertools.pairwise(saved):
+        if after - before < 2:
+            share = 0.1 * (after - before)
+            for x, y, z in zip(old, new, actor, strict=True):
+                torch.testing.assert_close(y, (1 - share) * x + share * z)
+            moved += after - before and not torch.equal(new[0], actor[0])
+    assert moved > 3
+    _, _, folder = run("--averaging", "0")
+    state = checkpoint(folder)
+    assert all(torch.equal(x, state["average"][name]) for name, x in state["actor"].items())
+    played = play(folder)
+    state["actor"] = {name: torch.full_like(x, math.nan) for name, x in state["actor"].items()}
+    torch.save(state, folder / "model.pt")
+    assert play(folder) == played

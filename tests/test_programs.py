@@ -37,6 +37,7 @@ CASES += [(name, env) for name in STEP for env in CONTINUOUS]
 # what a checkpoint holds of networks and optimisers
 PARTS = dict.fromkeys(PROGRAMS, ["actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer"])
 PARTS |= {name: ["actor_target", *PARTS[name]] for name in ("maddpg", "dop_deterministic", "maac")}
+PARTS["dop_stochastic"] = PARTS["dop_stochastic"] + ["average"]
 PARTS["qmix"] = ["actor", "mixer", "actor_target", "mixer_target", "optimizer"]
 # flag of the learning rate of what has a target, and the optimiser that it is for
 LEARNING_RATE = dict.fromkeys(PROGRAMS, ("critic_lr", "critic_optimizer")) | {"qmix": ("lr", "optimizer")}
@@ -78,7 +79,7 @@ _CRITIC = "--critic-lr 0.003 --critic-hidden-dim 32"
 @pytest.mark.parametrize(
     ("program", "share", "flags"),
     [
-        ("dop_stochastic", 1, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002"),
+        ("dop_stochastic", 1, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002 --averaging 0.8"),
         ("coma", 0.7, f"{_EPISODE} --actor-lr 0.002 --critic-lr 0.002 --gamma 0.5 --epsilon-steps 2000"),
         ("qmix", 0.7, f"{_EPISODE} --lr 0.002 --gamma 0.9 --total-timesteps 6000 --eval-episodes 60"),
         ("maddpg", 0.9, f"{_STEP} --actor-lr 0.001"),
