@@ -22,12 +22,19 @@ def require_whole(low=1, **values):
             raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
 
 
+def require_number(low=-1e6, high=1e6, **values):
+    """ValueError for an argument of an environment that is no number from `low` to `high`."""
+    for name, value in values.items():
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+
+
 def free_memory():
     """Bytes that this process may still take: of the machine, and of the container where there is one."""
     free = []
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # none on Windows
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
         free.append(1024 * int(available[1]))
     groups = Path("/sys/fs/cgroup")
@@ -185,12 +192,15 @@ class VecEnv(gymnasium.vector.VectorEnv):
     def state_dict(self):
         """All that decides how the games go on, for `load_state_dict()` of as many games of the same kind."""
         state = {name: getattr(self, name) for name in self.saved}
-        return {"sizes": self.sizes, "generator": self.generator.state_dict()} | state
+        whole = {"sizes": self.sizes, "num_envs": self.num_envs, "generator": self.generator.state_dict()}
+        return whole | state
 
     def load_state_dict(self, state):
-        """Go on where another instance was; call it after `reset()`. ValueError for games of other sizes."""
+        """Go on where another instance was, after `reset()`; ValueError for one of another size."""
         if state["sizes"] != self.sizes:
             raise ValueError(f"the environment's sizes are {self.sizes}, those of the run {state['sizes']}")
+        if state["num_envs"] != self.num_envs:
+            raise ValueError(f"{self.num_envs} games cannot go on where {state['num_envs']} were")
         self.generator.load_state_dict(state["generator"])
         for name in self.saved:
             setattr(self, name, state[name])
@@ -205,6 +215,8 @@ class VecEnv(gymnasium.vector.VectorEnv):
             got = tuple(actions.shape) if torch.is_tensor(actions) else type(actions).__name__
             raise ValueError(f"actions must be a tensor of shape {shape} (games, agents, ...), got {got}")
         if isinstance(self.single_action_space, spaces.Box):
+            if actions.dtype != torch.float32:
+                raise ValueError(f"continuous actions must be float32, got {actions.dtype}")
             low = torch.as_tensor(self.single_action_space.low, device=self.device)  # (N, D)
             high = torch.as_tensor(self.single_action_space.high, device=self.device)
             wrong = ~((actions >= low) & (actions <= high)).all(-1)  # (B, N), also True for NaN

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from PIL import Image, ImageDraw, ImageFont
 
-from envs.base import VecEnv, require_whole
+from envs.base import VecEnv, require_number, require_whole
 
 DT, DAMPING = 0.1, 0.25  # time of a step; share of the velocity that is lost in it
 SENSITIVITY = 5.0  # force of a full action
@@ -224,8 +225,7 @@ class Spread(_Arena):
         self, num_envs, device, seed, validate=True, discrete=False, n_agents=3, local_ratio=0.5
     ):  # fmt: skip
         require_whole(n_agents=n_agents)
-        if type(local_ratio) not in (int, float) or not 0 <= local_ratio <= 1:
-            raise ValueError(f"local_ratio must be a number from 0 to 1, got {local_ratio!r}")
+        require_number(low=0, high=1, local_ratio=local_ratio)
         # mpe2 shows two channels of every other agent, all silent. Its contacts are so stiff that they blow
         # rounding errors up, some a thousandfold: in float32 a game leaves mpe2's path.
         sizes = (n_agents, n_agents, False, 2 * (n_agents - 1), torch.float64)
@@ -254,12 +254,12 @@ class Aggregation(_Arena):
 
     Both are terminal: the penalty is a part of the task. Agents do not collide. `info["battle_won"]` (B,)
     tells success. The positions of the state are relative to the landmark.
-    Raises ValueError for n_agents that is no whole number of at least 1 and a radius that is no positive one.
+    Raises ValueError for n_agents that is no whole number of at least 1 and a radius of less than 0.001.
     """
 
     def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.8):
         require_whole(n_agents=n_agents)
-        _require_positive(radius=radius)
+        require_number(low=1e-3, radius=radius)
         sizes = (n_agents, 1, True, 0, torch.float32)
         super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._radius = radius
@@ -291,8 +291,8 @@ class Mill(_Task):
     `end_on_win` pays and ends as soon as 100 is exceeded, so that a slow win returns more than a fast one.
     obs: omega / 100, sine and cosine of the angle, time / 10, own id. state: the same without the id, and
     whether 100 was exceeded, which is also `info["battle_won"]` (B,).
-    Raises ValueError for n_agents that is no whole number of at least 1 and a radius or mass that is no
-    positive number.
+    Raises ValueError for n_agents that is no whole number of at least 1 and a radius or mass of less
+    than 0.001.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class Mill(_Task):
         n_agents=10, radius=0.25, mass=1.0, end_on_win=False,
     ):  # fmt: skip
         require_whole(n_agents=n_agents)
-        _require_positive(radius=radius, mass=mass)
+        require_number(low=1e-3, radius=radius, mass=mass)
         super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, num_envs, device, seed, validate, discrete)
         inertia = mass * radius**2 / 2  # of a disc
         self.gain = SENSITIVITY * radius * DT / inertia
@@ -354,12 +354,6 @@ class Mill(_Task):
         return canvas
 
 
-def _require_positive(**values):
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
-
-
 # ---- pictures ----
 BLUE, GREEN, RED, YELLOW = (64, 128, 245), (96, 224, 92), (228, 66, 56), (255, 214, 102)
 GREY, WHITE, DARK = (150, 150, 150), (235, 235, 235), (38, 40, 44)
@@ -371,8 +365,6 @@ class _Canvas:
     SIZE, HEADER = 960, 64  # pixels
 
     def __init__(self, reach):
-        from PIL import Image, ImageDraw, ImageFont  # only pictures need Pillow
-
         self._image = Image.new("RGB", (self.SIZE, self.SIZE + self.HEADER), DARK)
         self._pen = ImageDraw.Draw(self._image, "RGBA")
         self._font = ImageFont.load_default(30)

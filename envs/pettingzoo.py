@@ -234,7 +234,8 @@ def _work(pipe, path, arguments, share, use_state):
             pipe.send(error)
     finally:
         for game in games.values():
-            game.env.close()
+            with contextlib.suppress(Exception):  # of one that cannot close, when all is over
+                game.env.close()
 
 
 class _Game:
@@ -399,6 +400,8 @@ class _Game:
         self.watched = True
         try:
             return _picture(self.env.render() if self.picture is None else self.picture)
+        except Wrong:
+            raise
         except Exception as error:
             raise Wrong(f"no picture, as render() fails ({type(error).__name__}: {error})") from error
 
@@ -542,6 +545,10 @@ class _Parallel(ParallelEnv):
         if missing := [agent for agent in self.agents if agent not in actions]:
             raise ValueError(f"actions of {', '.join(missing)} are missing")
         dtype = np.float32 if self._mask is None else np.int64
+        for agent in self.agents:
+            action, space = np.asarray(actions[agent]), self.action_spaces[agent]
+            if action.shape != space.shape or action.dtype.kind not in ("iu" if dtype == np.int64 else "iuf"):
+                raise ValueError(f"{agent}: {actions[agent]!r} is no action of {space}")
         played = np.stack([actions[agent] for agent in self.agents]).astype(dtype)  # (N,) or (N, D)
         if self._mask is not None:
             for i, action in enumerate(played):  # what is no action at all, the game refuses itself

@@ -12,13 +12,12 @@ Our reading of it:
 3. Nothing ends the game, so the 100 steps of an epoch are a time limit: a truncation, not an end.
 """
 
-import math
-
 import numpy as np
 import torch
 from gymnasium import spaces
+from PIL import Image, ImageDraw, ImageFont
 
-from envs.base import VecEnv, require_whole
+from envs.base import VecEnv, require_number, require_whole
 
 SIDE, LEFT, TOP, MAP = 320, 36, 10, 274  # pixels of the picture: side, left and upper margin, side of the map
 BANDS = 25  # of reward
@@ -29,7 +28,7 @@ class Quadratic(VecEnv):
     """B games without a state: agent i always sees <i>, the state is always <0, 1>.
 
     `bound` limits both actions, `episode_limit` counts steps, the rest are the coefficients above. Raises
-    ValueError for one that is no finite number, or is not positive where it has to be.
+    ValueError for one that is no number within a million, or less than 0.001 where it has to be positive.
     """
 
     bounded_features = True
@@ -38,12 +37,8 @@ class Quadratic(VecEnv):
         self, num_envs, device, seed, validate=True, episode_limit=100, bound=10.0,
         h1=0.8, s1=3.0, x1=-5.0, y1=-5.0, h2=1.0, s2=1.0, x2=5.0, y2=5.0, c=10.0,
     ):  # fmt: skip
-        numbers = dict(bound=bound, h1=h1, s1=s1, x1=x1, y1=y1, h2=h2, s2=s2, x2=x2, y2=y2, c=c)
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-            if name in ("bound", "s1", "s2") and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        require_number(h1=h1, x1=x1, y1=y1, h2=h2, x2=x2, y2=y2, c=c)
+        require_number(low=1e-3, bound=bound, s1=s1, s2=s2)
         require_whole(episode_limit=episode_limit)
         space = spaces.Box(-bound, bound, (2, 1), np.float32)
         super().__init__(num_envs, 2, 1, 2, episode_limit, space, device, seed, validate)
@@ -93,8 +88,6 @@ class Quadratic(VecEnv):
 # ---- picture ----
 def _draw(heights, bound, centres, actions):
     """Picture of the rewards `heights` (2 MAP, 2 MAP) over a1 (right) and a2 (up); pairs of both as marks."""
-    from PIL import Image, ImageDraw, ImageFont  # only pictures need Pillow
-
     # equal steps of reward, each darker at its edge; drawn at twice the size, then shrunk
     share = (heights - heights.min()) / max(np.ptp(heights), 1e-6)
     band = (share * BANDS).clip(0, BANDS - 1).astype(int)  # (2 MAP, 2 MAP)

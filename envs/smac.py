@@ -31,6 +31,7 @@ from gymnasium import spaces
 from envs import smac_sim as engine
 from envs.base import VecEnv
 from envs.smac_map import BattleSim
+from envs.smac_picture import draw_battle
 from envs.smac_sim import LOOPS_PER_STEP, UNIT, Game, Unit, World
 
 _DATA = Path(__file__).parent
@@ -285,6 +286,8 @@ def restart(first: int, w: World, v: View, g: Games):
 @functools.cache
 def start_warp(device):
     """Warp's name of a torch device. Compiles the kernels for it, once per machine; then a cache has them."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"SMAC's battles run on cpu and cuda, not on {device.type}")
     wp.config.log_level = wp.LOG_ERROR
     stderr, trouble = os.dup(2), ""
     try:
@@ -467,8 +470,6 @@ class Smac(VecEnv):
         """(H, 640, 3) uint8: game 0 from above as the latest step left it, even if that ended the battle."""
         if self._obs is None:
             raise RuntimeError("call env.reset() before env.render()")
-        from envs.smac_picture import draw_battle  # only pictures need Pillow
-
         units = fields(self._games.picture.cpu())
         length, episode_return, won, terminated = (entry[0].item() for entry in self._pictured)
         outcome = "time out" if length >= self.episode_limit else ""

@@ -11,7 +11,11 @@ GLYPHS |= {"zergling": "z", "hydralisk": "H", "baneling": "b", "spinecrawler": "
 
 
 def draw_battle(sim, units, title, outcome):
-    """(H, 640, 3) uint8: `units` (U,), blue agents, red enemies, shots and heals of this step."""
+    """(H, 640, 3) uint8: `units` (U,), blue agents, red enemies, lines to whom they shoot at or heal.
+
+    A shot is what a cooldown says that began in this step, to within the weapons' random delay; a medivac's
+    line leads to its patient, hurt or not.
+    """
     fine, header = 2, 32  # drawn at twice the size, then shrunk; pixels
     cells = np.argwhere(sim.walkable)  # (K, 2)
     west, south = cells.min(0) - 0.5

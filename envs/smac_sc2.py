@@ -74,7 +74,10 @@ class Sc2(Smac):
             free = f"{free / 2**30:.1f} GB of memory are free"
             raise ValueError(f"sc2:{map_name}: {need}, and {free}: lower --num-envs or --eval-episodes")
         if save_replay:
-            os.makedirs(save_replay, exist_ok=True)
+            try:
+                os.makedirs(save_replay, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"save_replay can be no folder: {error}") from error
         super().__init__(map_name, num_envs, device, seed, validate)
         self._waiting.add(self)
         self._battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
@@ -117,7 +120,11 @@ class Sc2(Smac):
     def _cast(self, game, types, lives):
         """Constants for a game's enemies in its own order, `types` (M,), and for at most `lives` (U,)."""
         sim, battle, n = copy.copy(self._base), dict(self._battle), self.n_agents
-        order = [*range(n), *(sim.types.index(TYPES[number], n) for number in types)]
+        try:
+            order = [*range(n), *(sim.types.index(TYPES[number], n) for number in types)]
+        except (KeyError, ValueError) as error:
+            self.close()
+            raise RuntimeError(f"sc2:{self.map_name}: enemies of types {types} are not this map's") from error
         sim.types, sim.kinds = [sim.types[i] for i in order], sim.kinds[order]
         sim.kinds["hp_max"] = lives
         enemies = sim.kinds[n:]
@@ -137,7 +144,11 @@ class Sc2(Smac):
         for game, order in orders.items():
             if not self._workers[game]:  # it broke, or never was
                 seed = next(self._seeds) % 2**31
-                self._workers[game] = Worker(self._recipe | {"game": game, "seed": seed})
+                try:
+                    self._workers[game] = Worker(self._recipe | {"game": game, "seed": seed})
+                except OSError as error:
+                    self.close()
+                    raise RuntimeError(f"sc2:{self.map_name}, game {game}: no worker: {error}") from error
             self._workers[game].send(order)
         end, broken = time.monotonic() + self._timeout + (None in orders.values()) * START, []
         for game in orders:
@@ -160,6 +171,7 @@ class Sc2(Smac):
         return broken
 
     def close_extras(self):
+        self._waiting.discard(self)
         for worker in filter(None, self._workers):
             worker.kill(GRACE)
 
