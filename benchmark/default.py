@@ -1,10 +1,11 @@
-"""docs/results/default/README.md: how DOP's pull to uniform policies, actor's rate and scale of the loss were
-chosen.
+"""docs/results/default/README.md: how DOP's pull to uniform policies, actor's rate, scale of the loss and
+average of actors were chosen.
 
     python benchmark/default.py
 
-Reads the sets <name>_<map>.json there that run_seeds.py wrote, and of fig3 dop_<map>.json, which have the
-settings that became the default, and dop_<map>_bonus.json and dop_mmm_no_bonus.json, the former defaults.
+Reads the sets <name>_<map>.json there that run_seeds.py wrote, average_<map>.json with the present default
+among them, and of fig3 dop_<map>.json, which have the same settings but that evaluations play the latest
+actor, and dop_<map>_bonus.json and dop_mmm_no_bonus.json, the former defaults.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
@@ -19,13 +20,18 @@ from benchmark.stats import between, improvement
 CLAIM = """Ours: a pull to uniform policies in the actor's loss, with a quicker actor, wins sooner than
 [DOP]'s loss; on 3m fewer teams get stuck in a way that loses than with an entropy bonus, and 2s3z is won
 later; averaging that loss over steps, as here, or over agents too, as in the official code, matters
-little."""
+little; evaluations that play an average of the latest actors hardly fall back."""
 HOW = """Trials on seeds 201 to 205 (one of MMM on another); sets with fewer were cut off when the choice
 had been made, so the choice rests on few seeds. The chosen settings are shown by [fig3's
 sets](../fig3/README.md), whose seeds no trial had used but for seed 1 of MMM, on 8m as a map that no trial
-had used. Pull: the weight of KL(uniform, softmax policy) in the loss; bonus: that of the policies' entropy,
-which was the default before; with neither and a rate of 5e-4 the loss is [DOP]'s, which was the default
-before that."""
+had used. Average: its share of the old (`--averaging`) was chosen among 0.95, 0.98 and 0.99 on seeds 201
+and 202 of 3m, 2s3z and MMM, in trials that were not kept; the table's seeds are others. Pull: the weight of
+KL(uniform, softmax policy) in the loss; bonus: that of the policies' entropy, which was the default before;
+with neither and a rate of 5e-4 the loss is [DOP]'s, which was the default before that."""
+AVERAGE = """By default evaluations, and `play.py`, play an average of the actors of the latest iterations,
+which does not change the training. Beside the latest actor, on the same seeds and evaluated as often; "below
+it later": of the evaluations that follow a seed's first of at least {target:g}, those below {target:g};
+lowest later: of all seeds. P: that a run with the average has the higher greedy score at the end."""
 
 
 def settings(report):
@@ -38,7 +44,37 @@ def label(report):
     """'pull 0.005, bonus 0, rate 0.001, mean over steps'."""
     pull, bonus, rate, mean = settings(report)
     over = "steps" if mean == "steps" else "steps and agents"
-    return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}"
+    average = ", average of actors" if report["settings"].get("averaging") else ""
+    return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}{average}"
+
+
+def later(report):
+    """The evaluations that follow the first of at least TARGET of every run, in one list."""
+    found = []
+    for run in report["runs"]:
+        values = run["curves"]["eval/win_rate"]["value"]
+        first = next((i for i, value in enumerate(values) if value >= TARGET), len(values))
+        found += values[first + 1 :]
+    return found
+
+
+def fallen(values):
+    """'2 of 30', of evaluations that are below TARGET."""
+    return f"{sum(value < TARGET for value in values)} of {len(values)}"
+
+
+def average_table(pairs):
+    """Two rows per map of {map: (set with the average, set with the latest actor)}."""
+    rows = []
+    for name, both in pairs.items():
+        limits = [min(map(length, both))]
+        for kind, report in zip(("average", "latest"), both, strict=True):
+            after = later(report)
+            lowest = f"{min(after):.2f}" if after else "-"
+            rows.append([name, kind, len(report["runs"]), *reached(report), fallen(after), lowest, ""])
+        rows[-2][-1] = between(improvement, *(columns([x], "greedy", limits) for x in both))
+    header = f"map, actor, seeds, reached {TARGET:g}, median steps, below it later, lowest later"
+    return markdown_table([*header.split(", "), "P(average is better)"], rows)
 
 
 def rivals(maps):
@@ -81,6 +117,8 @@ def main(argv=None):
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
+    pairs = {x["env"]: (x, fig3[f"dop_{x['env']}"]) for name, x in reports.items() if "average_" in name}
+    falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
     told = []
     for name, report in fig3.items():
         if name == f"dop_{report['env']}" and settings(report) == settings(chosen):
@@ -94,8 +132,11 @@ def main(argv=None):
     (and {tried[0]} trial seeds), 2s3z {tried[1]} trial seeds (median {reached(trials[1])[1]} steps); with
     neither the median on MMM is {reached(former)[1]} steps ({len(former["runs"])} seeds). A run with the mean
     over steps is better than one with the mean over steps and agents with probability {greedy} by the greedy
-    win rate, {exploring} by the exploring one (measured with the bonus)."""
-    parts = [READ, "## Scale of the actor's loss", table]
+    win rate, {exploring} by the exploring one (measured with the bonus). All this is of the latest actor.
+    Evaluations below {TARGET:g} after a seed's first that is not, average of actors (latest actor):
+    {"; ".join(falls)}."""
+    parts = [READ, "## Scale of the actor's loss", table, "## Average of actors"]
+    parts += [AVERAGE.format(target=TARGET), average_table(pairs)]
     for name, sets in maps.items():
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]
     parts += ["## How to read", HOW, LEGEND, "Written by `python benchmark/default.py`."]

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from benchmark import cdm, common, diffs, quadratic, report, sequential, settings, smac, stats
+from benchmark import cdm, common, default, diffs, quadratic, report, sequential, settings, smac, stats
 
 pytest.importorskip("rliable", reason="pip install -r requirements-benchmark.txt")
 
@@ -211,6 +211,18 @@ def test_sequential_counts_seeds_that_win_at_the_end(results, capsys):
     assert f"| mill | 2 | MASQL | 2 | 10 | 30.00 [20.00, 40.00] | {two} |" in text
     assert f"| mill | 2 | MADDPG | 1 | 10 | 40.00 | {one} |" in text
     assert "| mill | 2 | random forces |" in text
+
+
+def test_what_follows_a_first_success(results):
+    runs = [smac_run(0.0, 0.95, 0.5, 1.0), smac_run(0.5, 0.25), smac_run(0.0, 0.0, 0.0, 0.9)]
+    for name in ("average_3m", "dop_3m"):
+        write_set(results / "default", name, *runs[: 2 + (name == "dop_3m")])
+    new, old = common.load_sets("default").values()
+    assert default.later(new) == default.later(old) == [0.5, 1.0]
+    table = default.average_table({"3m": (new, old)})
+    half, third = stats.success_rate([True, False]), stats.success_rate([True, False, True])
+    assert f"| 3m | average | 2 | {half} | - | 1 of 2 | 0.50 | 0." in table
+    assert f"| 3m | latest | 3 | {third} | 4,000 | 1 of 2 | 0.50 |  |" in table
 
 
 def test_settings_stand_beside_the_defaults(results, capsys):
