@@ -114,6 +114,15 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_free_memory_where_nobody_tells(monkeypatch):
+    """As on Windows: no sysconf; and as where /proc/meminfo lacks what it should tell."""
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(
+        Path, "read_text", lambda self: "MemTotal: 8 kB\n" if self.name == "meminfo" else "max"
+    )
+    assert machine.free_memory() == 2**62
+
+
 def test_free_memory_is_less_than_what_the_machine_has():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 2**20 < machine.free_memory() <= total
@@ -232,6 +241,8 @@ def test_games_of_other_sizes_are_no_place_to_go_on_from():
     state = make("cdm,n_agents=5").state_dict()
     with pytest.raises(ValueError, match=r"sizes are \{'n_agents': 10, .* those of the run \{'n_agents': 5"):
         make("cdm").load_state_dict(state)
+    with pytest.raises(ValueError, match="3 games cannot go on where 1 were"):
+        make("cdm,n_agents=5", 3).load_state_dict(state)
 
 
 def test_make_refuses_what_the_caller_cannot_play():

@@ -1,5 +1,6 @@
 """PettingZoo in: next to mpe2 by hand, padding, masks, ends, workers, errors. Out: PettingZoo's own tests."""
 
+import math
 import os
 import signal
 import subprocess
@@ -434,6 +435,9 @@ def test_a_masked_action_is_played_as_the_first_legal_one():
     assert all(np.array_equal(after[agent], expected[agent]) for agent in env.agents)
     with pytest.raises(ValueError, match="game 0, agent 0: action 9 is not allowed"):
         env.step(dict.fromkeys(env.agents, 9))
+    for wrong in (1.7, None, [1, 2], math.nan):
+        with pytest.raises(ValueError, match=r"agent_1: .* is no action of Discrete\(9\)"):
+            env.step({"agent_0": 1, "agent_1": wrong, "agent_2": 1})
 
 
 @pytest.mark.parametrize("env_id", ["3m", "mill"])

@@ -134,6 +134,13 @@ def test_arguments_in_the_id():
     assert make("3m,validate=False").map_name == "3m"
 
 
+def test_actions_of_another_precision_are_refused():
+    env = make("quadratic")
+    env.reset()
+    with pytest.raises(ValueError, match="continuous actions must be float32, got torch.float64"):
+        env.step(joint((5, 5)).double())
+
+
 @pytest.mark.parametrize(
     "env_id, sentence",
     [

@@ -19,6 +19,7 @@ from programs import EPISODE, checkpoint
 import envs
 from benchmark import fidelity
 from envs import make
+from envs.smac_sc2 import TYPES
 
 pytest.importorskip("websocket", reason="pip install -r requirements-sc2.txt")
 HERE = Path(__file__).resolve().parent
@@ -257,6 +258,20 @@ def test_units_may_come_late_but_must_come(build, game):
         real.reset()
 
 
+def test_a_worker_that_cannot_start_and_a_strange_enemy_end_the_run(build, game, monkeypatch):
+    real = build("sc2:3m", seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen", lambda *_, **__: open("/nowhere/at/all"))
+        with pytest.raises(RuntimeError, match="^sc2:3m, game 0: no worker: .*No such file"):
+            real.reset()
+    assert real.closed
+    real = build("sc2:3m", seed=5)
+    monkeypatch.delitem(TYPES, 48)
+    with pytest.raises(RuntimeError, match="^sc2:3m: enemies of types .* are not this map's"):
+        real.reset()
+    assert real.closed
+
+
 def test_a_tie_ends_the_episode_and_a_fresh_battle_follows(build, game):
     game(TIE=4)
     real = build("sc2:3m", seed=5)
@@ -388,6 +403,7 @@ def test_clients_are_replaced_before_their_last_loop(build, game, tmp_path):
 LEARNER = """
 import signal
 from envs import make
+from envs.smac_sc2 import TYPES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run behind &, where it is ignored
 env = make("sc2:3m", num_envs=2, seed=1)
 obs, _ = env.reset()
@@ -483,6 +499,7 @@ def test_wrong_names_and_values_are_refused(game, monkeypatch):
     refuse("timeout must be a whole number, at least 1", timeout=0)
     refuse("seed_of_game must be a whole number, at least 0", seed_of_game=-1)
     refuse("save_replay must be an absolute folder, got 'replays'", save_replay="replays")
+    refuse("save_replay can be no folder: .*Not a directory", save_replay=f"{__file__}/replays")
     first = make("sc2:3m", num_envs=2)
     monkeypatch.setattr("envs.smac_sc2.free_memory", lambda: 4 * 2**30)
     second = make("sc2:3m", num_envs=2)
