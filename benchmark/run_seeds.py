@@ -85,15 +85,11 @@ def parse_args(argv=None):
 
 def parse_seeds(text):
     """'1-3,7' -> [1, 2, 3, 7]."""
-    seeds = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds such as 1-8 or 1,2,5")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"{text!r} holds no seed")
-    return sorted(set(seeds))
+    ends = [re.findall(r"\d+", part) for part in text.split(",")]
+    seeds = {seed for x in ends if x for seed in range(int(x[0]), int(x[-1]) + 1)}
+    if not seeds or not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds such as 1-8 or 1,2,5")
+    return sorted(seeds)
 
 
 def parse_sweep(text):
@@ -205,34 +201,23 @@ def start_ray(args):
 
 def unfinished(args):
     """The seeds that are left to run; exits where the name has another command or more seeds."""
-    left, elsewhere, command, now = [], [], shlex.join(args.command), commit()["commit"]
-    for seed in args.seeds:
-        done = args.runs / args.name / f"seed_{seed}" / "done.json"
-        if not done.exists():
-            left.append(seed)
-            continue
-        about = json.loads(done.read_text())
-        if about["command"] != command:
-            machine.fail(f"seed {seed} of {args.name!r} ran {about['command']!r}; take another --name")
-        if about["commit"] != now:
-            elsewhere.append(f"seed {seed} ({(about['commit'] or 'unknown')[:10]})")
-    path = args.results / f"{args.name}.json"
-    old = json.loads(path.read_text()) if path.exists() else {"command": command}
-    left_out = [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]
-    if old.get("command") != command:
-        machine.fail(f"{path} is of {old.get('command')!r}; take another --name or delete the file")
-    if left_out:
-        more = f"{path} has more seeds than --seeds asks for ({', '.join(left_out)})"
+    folder, published = args.runs / args.name, args.results / f"{args.name}.json"
+    files = [(seed, folder / f"seed_{seed}" / "done.json") for seed in args.seeds] + [(None, published)]
+    done = {seed: (path, json.loads(path.read_text())) for seed, path in files if path.exists()}
+    for path, about in done.values():
+        if about.get("command") != shlex.join(args.command):
+            machine.fail(f"{path} is of {about.get('command')!r}; take another --name or delete the file")
+    _, old = done.pop(None, (None, {}))
+    if left_out := [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]:
+        more = f"{published} has more seeds than --seeds asks for ({', '.join(left_out)})"
         machine.fail(f"{more}; ask for them too, take another --name or delete the file")
-    done = len(args.seeds) - len(left)
-    print(f"{args.name}: {done} of {len(args.seeds)} seeds are already finished", flush=True)
+    print(f"{args.name}: {len(done)} of {len(args.seeds)} seeds are already finished", flush=True)
+    now, hashes = commit()["commit"], {seed: about["commit"] for seed, (_, about) in done.items()}
+    elsewhere = [f"seed {seed} ({(x or 'unknown')[:10]})" for seed, x in hashes.items() if x != now]
     if elsewhere:
-        print(
-            f"finished at another commit than the present {(now or 'unknown')[:10]}: {', '.join(elsewhere)}; "
-            f"to run one anew, remove its folder {args.runs / args.name}/seed_<n>",
-            flush=True,
-        )
-    return left
+        anew = f"{', '.join(elsewhere)}; to run one anew, remove its folder {folder}/seed_<n>"
+        print(f"finished at another commit than the present {(now or 'unknown')[:10]}: {anew}", flush=True)
+    return [seed for seed in args.seeds if seed not in done]
 
 
 def submit(args, seed, workers):
