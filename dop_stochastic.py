@@ -20,7 +20,7 @@ By default also, to win in less time (docs/dop_stochastic.md), unlike `--setting
 6. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 7. the local critics share their two layers and start at zero, and the actor waits for them;
 8. a pull to uniform policies keeps the softmax from saturating; the actor's learning rate is twice theirs;
-9. evaluations play an average of the latest actors, which does not fall back as single ones do.
+9. evaluations play an average of the latest actors, which falls back less often than single ones.
 """
 
 import copy
