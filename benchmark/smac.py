@@ -111,7 +111,8 @@ def row(label, report, limit, with_end):
     cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
     last = scores(report, "greedy", end)
     cells += [f"{min(last):.2f}", *reached(report), success_rate([x >= TARGET for x in last])]
-    cells.append(f"{statistics.median(run['summary']['last_fifth_return'] for run in report['runs']):.1f}")
+    returns = [run["summary"]["last_fifth_return"] for run in report["runs"]]
+    cells.append("-" if None in returns else f"{statistics.median(returns):.1f}")
     minutes = statistics.median(run["wall_seconds"] for run in report["runs"]) / 60
     return [*cells, f"{statistics.median(ends):.2f}" if ends else "-", f"{minutes:.0f}"]
 
