@@ -21,7 +21,7 @@ def output(command, folder):
 def test_stochastic_dop_learns_to_win_mmm(tmp_path):
     out = output("dop_stochastic.py --env mmm --total-timesteps 300000", tmp_path)
     win_rates = [float(x) for x in re.findall(r"win_rate (\d\.\d+)", out)]
-    assert len(win_rates) == 15 and max(win_rates) >= 0.9  # random and idle teams never win
+    assert len(win_rates) == 15 and min(win_rates[-5:]) >= 0.9  # random and idle teams never win
 
 
 @pytest.mark.slow
