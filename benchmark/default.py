@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import common
 from benchmark.common import load_sets, markdown_table, no_arguments, sources, write_page
+from benchmark.plot import draw_panels
 from benchmark.smac import LEGEND, READ, TARGET, columns, length, reached, table_of
 from benchmark.stats import between, improvement
 
@@ -136,6 +138,9 @@ def main(argv=None):
     Evaluations below {TARGET:g} after a seed's first that is not, average of actors (latest actor):
     {"; ".join(falls)}."""
     parts = [READ, "## Scale of the actor's loss", table, "## Average of actors"]
+    curves = {name: {"average of actors": new, "latest actor": old} for name, (new, old) in pairs.items()}
+    draw_panels(curves, common.RESULTS / "default" / "average.png", "eval/win_rate")
+    parts += ["![average of actors and latest actor](average.png)"]
     parts += [AVERAGE.format(target=TARGET), average_table(pairs)]
     for name, sets in maps.items():
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]
