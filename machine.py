@@ -67,7 +67,8 @@ def open_folder(settings):
         _LOCKS.append(open(folder / ".lock", "w"))
         if fcntl:
             fcntl.lockf(_LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "args.json").write_text(json.dumps(settings, indent=2))
+        (folder / "args.json.tmp").write_text(json.dumps(settings, indent=2))
+        (folder / "args.json.tmp").replace(folder / "args.json")
     except BlockingIOError:
         fail(f"another process is writing to {folder}")
     except OSError as error:
@@ -88,6 +89,8 @@ def _new_folder(run_dir, name):
 def read(folder, device="meta"):
     """The checkpoint of a run folder; "meta" leaves out the numbers of its tensors."""
     path = Path(folder, "model.pt")
+    if Path(folder).is_file():
+        fail(f"{folder} is a file: give the run folder, {Path(folder).parent}")
     if not path.exists():
         fail(f"{folder} has no model.pt: it is no run folder, or its run ended before the first checkpoint")
     try:
@@ -223,7 +226,11 @@ class Log:
     def __init__(self, folder, args, step, recent):
         from torch.utils.tensorboard import SummaryWriter  # here, as it takes seconds to load
 
-        self.writer = SummaryWriter(folder, purge_step=step + 1)
+        self.writer = None
+        try:
+            self.writer = SummaryWriter(folder, purge_step=step + 1)
+        except OSError as error:
+            say(f"no curves, as they cannot be written: {error}")
         self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)  # None: without a terminal
         self.prints = self.bar.disable and not args.eval_every
         self.recent = recent  # name -> of episodes that ended since the last point of charts, list of (E,)

@@ -61,7 +61,10 @@ if __name__ == "__main__":
         episodes = min(settings.eval_episodes, settings_for(env_id).get("eval_episodes", math.inf))
     with machine.set_up():
         env = make(env_id, episodes, args.device, render=args.video, validate=False)
-    policy = greedy(program, settings, checkpoint, env, env_id)
+    try:
+        policy = greedy(program, settings, checkpoint, env, env_id)
+    except (KeyError, RuntimeError) as error:
+        machine.fail(f"{args.run}/model.pt does not fit: {error}")
     video = Path(args.run, "play.gif") if args.video else None
     try:
         results = evaluate(env, policy, video)
@@ -69,5 +72,7 @@ if __name__ == "__main__":
         machine.fail(130)
     except (OSError, RuntimeError) as error:  # of a game that is a program of its own, or of the picture
         machine.fail(error)
+    if video:
+        print(f"saved {video}")
     print("run | step |", " | ".join(results))
     print(args.run, "|", checkpoint["global_step"], "|", " | ".join(f"{x:.3f}" for x in results.values()))

@@ -113,9 +113,8 @@ def write_page(folder, title, claim, answer, *parts):
 
 def new_parser(docstring):
     """A command line whose --help begins with a script's docstring."""
-    return argparse.ArgumentParser(
-        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=docstring, formatter_class=formatter, allow_abbrev=False)
 
 
 def no_arguments(docstring, argv):

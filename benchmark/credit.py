@@ -11,6 +11,7 @@ What stands behind ` -- ` goes to the program. particles.py writes the page.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
+import json
 import shlex
 import subprocess
 import sys
@@ -179,14 +180,18 @@ def main(argv=None):
     parser.add_argument("--runs", nargs="+", default=[], type=Path, help="run folders of finished runs")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
-    finished = []
+    out, finished = common.RESULTS / "fig4" / "credit.json", []
+    recorded = len(json.loads(out.read_text())["finished"]) if out.exists() else 0
+    if args.save_every < 1 or recorded > len(args.runs):
+        parser.error(
+            f"--save-every must be at least 1, and --runs name {recorded} runs, as many as {out} has"
+        )
     for run in args.runs:
         finished.append(measure(machine.read(run, "cpu")))
     finished.sort(key=lambda measured: measured["seed"])
     checkpoints = [measure(x) for x in train(args.seed, args.save_every, argv[cut + 1 :])]
     facts = metadata(__file__, argv, threads=torch.get_num_threads())
     content = facts | {"forces": rounded(FORCES), "checkpoints": checkpoints, "finished": finished}
-    out = common.RESULTS / "fig4" / "credit.json"
     write_json(out, content)
     draw(checkpoints, out.with_suffix(".png"))
     print(f"{above(checkpoints[-1])} agents have clockwise above; written: {out} and .png")

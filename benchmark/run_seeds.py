@@ -76,8 +76,8 @@ def parse_args(argv=None):
         program = args.command[0]  # a path is looked up from ROOT, where the command runs
         if not shutil.which(ROOT / program if os.path.dirname(program) else program):
             parser.error(f"{program!r} is no program that can be run; Python files need 'python' before them")
-    if args.workers < 1 or args.threads < 1:
-        parser.error("--workers and --threads must be at least 1")
+    if args.workers < 1 or args.threads < 1 or args.gpus < 0:
+        parser.error("--workers and --threads must be at least 1, and --gpus at least 0")
     if not args.collect_only and not ray:
         parser.error(f"Ray is missing: {sys.executable} -m pip install -r requirements-benchmark.txt")
     return args
@@ -337,7 +337,8 @@ def main(argv=None):
         tabulate(args, sets, reports)
     for one in sets:
         if one.failed:
-            failed = ", ".join(f"seed {seed} ({why})" for seed, why in one.failed.items())
+            reasons = {x: f"exit code {why}" if type(why) is int else why for x, why in one.failed.items()}
+            failed = ", ".join(f"seed {seed} ({why})" for seed, why in reasons.items())
             print(f"{one.name}, without a result: {failed}")
     return 1 if any(one.failed for one in sets) or not all(reports) else 0
 

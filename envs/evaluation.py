@@ -1,5 +1,7 @@
 """One episode of every game, played by a policy: what training prints and draws, and play.py too."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -46,7 +48,12 @@ def _evaluate(env, policy, video, stop):
         if not running.any():
             break
     if video:
-        frames[0].save(video, save_all=True, append_images=frames[1:], duration=125, loop=0)
+        new = Path(f"{video}.tmp")
+        try:
+            frames[0].save(new, "GIF", save_all=True, append_images=frames[1:], duration=125, loop=0)
+            new.replace(video)
+        finally:
+            new.unlink(missing_ok=True)
     if not counted.any():  # every game broke
         return {}
     return {name: value[counted].double().mean().item() for name, value in results.items()}

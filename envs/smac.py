@@ -311,7 +311,13 @@ def start_warp(device):
     if not cached:
         text = f"compiling the battle engine for {name}, once on this machine{trouble} ..."
         print(text, end="", file=sys.stderr, flush=True)
-    module.load(name, block)
+    try:
+        module.load(name, block)
+    except Exception as error:  # Warp has no class for it
+        where = wp.config.kernel_cache_dir
+        raise RuntimeError(
+            f"the battle engine compiled into {where} does not load, delete it: {error}"
+        ) from error
     if not cached:
         print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return name

@@ -406,6 +406,12 @@ def test_play_plays_greedily_and_prints_a_line(run, play, program):
     (folder / "play.gif").mkdir()
     assert str(play(folder, "--video")[0]).startswith("play.py: [Errno ")
     assert play(folder, "--episodes", "0")[0] == "play.py: num_envs must be at least 1, got 0"
+    file = folder / "model.pt"
+    assert play(file)[0] == f"play.py: {file} is a file: give the run folder, {folder}"
+    state = checkpoint(folder)
+    del state["env"]
+    torch.save(state, file)
+    assert play(folder)[0] == f"play.py: {file} does not fit: 'env'"
 
 
 @pytest.mark.parametrize("program", ["maddpg"])

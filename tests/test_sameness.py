@@ -95,6 +95,8 @@ def test_every_file_has_the_same_order(name):
     assert re.findall(r"^ *# ---- (.+) ----$", TEXT[name], flags=re.MULTILINE) == BANNERS
     local = re.findall(r"^(?:from|import) (?:machine|envs|tests).*$", TEXT[name], flags=re.MULTILINE)
     assert local == ["import machine", "from envs import Stream, evaluate, make"]
+    # --help would take the comment above for a part of the first setting's own, which has to follow it
+    assert re.search(r"    # Algorithm specific arguments\n    \w+: .*  # ", TEXT[name])
 
 
 # ---- the frame must not drown the algorithm ----
