@@ -231,19 +231,8 @@ def main(argv=None):
     parts += ["## Published for the game", PUBLISHED]
     command = "Written by `python benchmark/smac.py`."
     title = "Fig. 3 of DOP: SMAC maps"
-    write_page(
-        "fig3",
-        title,
-        CLAIM,
-        text,
-        READ,
-        *parts,
-        "## How to read",
-        LATEST,
-        LEGEND,
-        command,
-        sources("fig3", reports),
-    )
+    parts += ["## How to read", LATEST, LEGEND, command, sources("fig3", reports)]
+    write_page("fig3", title, CLAIM, text, READ, *parts)
 
 
 if __name__ == "__main__":
