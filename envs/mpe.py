@@ -254,12 +254,12 @@ class Aggregation(_Arena):
 
     Both are terminal: the penalty is a part of the task. Agents do not collide. `info["battle_won"]` (B,)
     tells success. The positions of the state are relative to the landmark.
-    Raises ValueError for n_agents that is no whole number of at least 1 and a radius of less than 0.001.
+    Raises ValueError for n_agents that is no whole number of at least 1 and a radius of less than 1e-9.
     """
 
     def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.8):
         require_whole(n_agents=n_agents)
-        require_number(low=1e-3, radius=radius)
+        require_number(low=1e-9, radius=radius)
         sizes = (n_agents, 1, True, 0, torch.float32)
         super().__init__(*sizes, num_envs, device, seed, validate, discrete)
         self._radius = radius
@@ -292,7 +292,7 @@ class Mill(_Task):
     obs: omega / 100, sine and cosine of the angle, time / 10, own id. state: the same without the id, and
     whether 100 was exceeded, which is also `info["battle_won"]` (B,).
     Raises ValueError for n_agents that is no whole number of at least 1 and a radius or mass of less
-    than 0.001.
+    than 1e-9.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class Mill(_Task):
         n_agents=10, radius=0.25, mass=1.0, end_on_win=False,
     ):  # fmt: skip
         require_whole(n_agents=n_agents)
-        require_number(low=1e-3, radius=radius, mass=mass)
+        require_number(low=1e-9, radius=radius, mass=mass)
         super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, num_envs, device, seed, validate, discrete)
         inertia = mass * radius**2 / 2  # of a disc
         self.gain = SENSITIVITY * radius * DT / inertia

@@ -28,7 +28,7 @@ class Quadratic(VecEnv):
     """B games without a state: agent i always sees <i>, the state is always <0, 1>.
 
     `bound` limits both actions, `episode_limit` counts steps, the rest are the coefficients above. Raises
-    ValueError for one that is no number within a million, or less than 0.001 where it has to be positive.
+    ValueError for one that is no number within a million, or less than 1e-9 where it has to be positive.
     """
 
     bounded_features = True
@@ -38,7 +38,7 @@ class Quadratic(VecEnv):
         h1=0.8, s1=3.0, x1=-5.0, y1=-5.0, h2=1.0, s2=1.0, x2=5.0, y2=5.0, c=10.0,
     ):  # fmt: skip
         require_number(h1=h1, x1=x1, y1=y1, h2=h2, x2=x2, y2=y2, c=c)
-        require_number(low=1e-3, bound=bound, s1=s1, s2=s2)
+        require_number(low=1e-9, bound=bound, s1=s1, s2=s2)
         require_whole(episode_limit=episode_limit)
         space = spaces.Box(-bound, bound, (2, 1), np.float32)
         super().__init__(num_envs, 2, 1, 2, episode_limit, space, device, seed, validate)

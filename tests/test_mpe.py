@@ -405,12 +405,12 @@ def test_bad_arguments(task, kwargs):
         ("aggregation,n_agents=1e9", "n_agents must be a whole number, at least 1, got 1000000000.0"),
         ("spread,local_ratio=abc", "local_ratio must be a number from 0 to 1, got 'abc'"),
         ("spread,local_ratio=true", "local_ratio must be a number from 0 to 1, got True"),
-        ("aggregation,radius=abc", "radius must be a number from 0.001 to 1e+06, got 'abc'"),
-        ("mill,radius=[1]", "radius must be a number from 0.001 to 1e+06, got [1]"),
-        ("mill,radius=1e400", "radius must be a number from 0.001 to 1e+06, got inf"),
-        ("mill,mass=abc", "mass must be a number from 0.001 to 1e+06, got 'abc'"),
-        ("mill,radius=1e-200", "radius must be a number from 0.001 to 1e+06, got 1e-200"),
-        ("mill,mass=True", "mass must be a number from 0.001 to 1e+06, got True"),
+        ("aggregation,radius=abc", "radius must be a number from 1e-09 to 1e+06, got 'abc'"),
+        ("mill,radius=[1]", "radius must be a number from 1e-09 to 1e+06, got [1]"),
+        ("mill,radius=1e400", "radius must be a number from 1e-09 to 1e+06, got inf"),
+        ("mill,mass=abc", "mass must be a number from 1e-09 to 1e+06, got 'abc'"),
+        ("mill,radius=1e-200", "radius must be a number from 1e-09 to 1e+06, got 1e-200"),
+        ("mill,mass=True", "mass must be a number from 1e-09 to 1e+06, got True"),
     ],
 )
 def test_arguments_of_the_wrong_type(env_id, sentence):
