@@ -60,7 +60,7 @@ class Args:
     run_dir: str = "runs"  # folder of the run folders
 
     # Algorithm specific arguments
-    setting: Literal["default", "paper", "appendix"] = "default"  # section 5.2 of [DOP], G.2; flags win
+    setting: Literal["default", "paper", "appendix"] = "default"  # PRESETS: 5.2, or G.2, of [DOP]; flags win
     actor_lr: float = 5e-5  # learning rate of the actors (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])
     critic_lr: float = 1e-3  # learning rate of the critic (both 5e-3 and 5e-4 in Appendix G.2 of [DOP])
     gamma: float = 0.99  # discount (code of stochastic [DOP])

@@ -69,11 +69,11 @@ class Args:
     tb_lambda: float = 0.93  # lambda of the tree backup, Eq. 7 (official code)
     n_steps: int = 5  # steps k of the tree backup (Appendix G.1 of [DOP])
     kappa: float = 0.5  # weight of the off-policy loss in Eq. 6 (Appendix G.1 of [DOP])
-    tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"  # by Eq. 5, sampled, or no replay
+    tree_backup: Literal["decomposed", "sampled", "none"] = "decomposed"  # by Eq. 5, samples, none (5.1.1)
     actor_gradient: Literal["expected", "sampled"] = "expected"  # of Eq. 9: over all own actions, or one
     actor_loss_mean: Literal["steps", "agents"] = "steps"  # mean over steps, or agents too (official code)
     uniform_coef: float = 0.01  # weight of the pull to uniform policies in the actor's loss (0 in [DOP])
-    averaging: float = 0.98  # what an iteration leaves of the average of actors (0 in [DOP]: none)
+    averaging: float = 0.98  # weight of the past in the average of actors that evaluations play (0: none)
     separate_critics: bool = False  # a network per local critic (Appendix G.1 of [DOP]), not only a head
     epsilon_start: float = 0.5  # share of uniform exploration at the start (1.0 in Appendix G.1 of [DOP])
     epsilon_end: float = 0.05  # the same after the decay (Appendix G.1 of [DOP])

@@ -111,7 +111,8 @@ def main(argv=None):
         maps.setdefault(report["env"], {})[label(report)] = report
     names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus")
     wanted = ("bonus_0.05_rate_1e-3_3m", "bonus_0.05_rate_1e-3_2s3z")
-    if missing := [x for x in names if x not in fig3] + [x for x in wanted if x not in reports]:
+    needed = (*wanted, "average_mmm")
+    if missing := [x for x in names if x not in fig3] + [x for x in needed if x not in reports]:
         sys.exit(f"default.py: docs/results has no {', '.join(missing)} yet")
     trials = [reports[name] for name in wanted]
     chosen, bonus, former, bonus_3m = (fig3[name] for name in names)
@@ -119,7 +120,8 @@ def main(argv=None):
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
-    pairs = {x["env"]: (x, fig3[f"dop_{x['env']}"]) for name, x in reports.items() if "average_" in name}
+    averaged = [x for name, x in reports.items() if name.startswith("average_")]
+    pairs = {x["env"]: (x, fig3[f"dop_{x['env']}"]) for x in averaged}
     falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
     told = []
     for name, report in fig3.items():

@@ -403,7 +403,6 @@ def test_clients_are_replaced_before_their_last_loop(build, game, tmp_path):
 LEARNER = """
 import signal
 from envs import make
-from envs.smac_sc2 import TYPES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run behind &, where it is ignored
 env = make("sc2:3m", num_envs=2, seed=1)
 obs, _ = env.reset()
