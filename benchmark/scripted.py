@@ -23,14 +23,20 @@ from benchmark.stats import wilson
 from envs import make
 from envs.mpe import PAID_SPEED
 
-MAPS = ["MMM", "3m", "8m", "2s3z", "3s5z", "10m_vs_11m"]
+MAPS = ["MMM", "3m", "8m", "2s3z", "3s5z", "1c3s5z", "10m_vs_11m", "so_many_baneling"]
+MAPS += ["2m_vs_1z", "2s_vs_1sc", "3s_vs_3z", "3s_vs_5z", "2c_vs_64zg"]
 TEAMS = {
     "random": "a random legal action",
     "stop": "never moves, never shoots",
-    "nearest": "attacks the nearest enemy in reach, else walks east",
-    "weakest": "attacks the enemy in reach with the least hp and shield, else walks east",
+    "nearest": "attacks the nearest enemy in reach, else walks to where the enemies began",
+    "weakest": "attacks the enemy in reach with the least hp and shield, else walks as nearest does",
+    "kite": "as weakest, but walks away from an enemy that is nearer than 3, aslant by a quarter",
 }
-NO_OP, STOP, EAST, FIRST_TARGET = 0, 1, 4, 6
+NO_OP, STOP, FIRST_MOVE, FIRST_TARGET = 0, 1, 2, 6
+MOVES = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])  # north, south, east, west
+SIDES = ("enemy", "ally")
+SIGHT = 9.0  # tiles
+TOO_NEAR, SLANT = 3.0, 0.25  # of kite: tiles, and how far it turns right; of a coarse search on its maps
 RADII = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of aggregation
 PARALLEL = 50_000  # games of a particle task
 
@@ -52,6 +58,9 @@ class Layout:
         ]
         self.hp_max = torch.tensor([float(unit["hp"]) for unit in life])  # (M,)
         self.shield_max = torch.tensor([float(unit["shield"]) for unit in life])  # (M,)
+        sides = (torch.tensor([spawn["point"] for spawn in facts[f"{side}_spawns"]]) for side in SIDES)
+        enemies, agents = (points.mean(0) for points in sides)
+        self.forward = FIRST_MOVE + int((MOVES @ (enemies - agents)).argmax())  # the move to the enemies
 
     def enemies(self, obs):
         """Rows about the enemies (B, N, M, F) of obs (B, N, O)."""
@@ -85,7 +94,7 @@ def actions_of(team, obs, avail_actions, layout, generator):
     rows = layout.enemies(obs)  # (B, N, M, F)
     in_reach = avail_actions[..., FIRST_TARGET:]  # (B, N, M), for a medivac: agents that it can heal
     cost = distance = rows[..., 1]
-    if team == "weakest":
+    if team != "nearest":
         shield = rows[..., 5] * layout.shield_max if layout.enemy_shields else 0.0
         cost = rows[..., 4] * layout.hp_max + shield + 0.01 * distance  # the nearer of two equals
     target = cost.masked_fill(~in_reach, float("inf")).argmin(-1)  # (B, N)
@@ -97,8 +106,16 @@ def actions_of(team, obs, avail_actions, layout, generator):
         patient = life.masked_fill(~can_heal, float("inf")).argmin(-1)
         target = torch.where(layout.medivac, patient, target)
         has_target = torch.where(layout.medivac, can_heal.any(-1), has_target)
-    east = torch.where(avail_actions[..., EAST], EAST, idle)
-    return torch.where(has_target, FIRST_TARGET + target, east)
+    walk = torch.where(avail_actions[..., layout.forward], layout.forward, idle)
+    actions = torch.where(has_target, FIRST_TARGET + target, walk)
+    if team == "kite":
+        gap, nearest = distance.where(distance > 0, float("inf")).min(-1)  # (B, N), 0: not seen
+        x, y = rows[..., 2:4].gather(2, nearest[..., None, None].expand(-1, -1, 1, 2)).squeeze(2).unbind(-1)
+        away = torch.stack([SLANT * y - x, -SLANT * x - y], -1)  # (B, N, 2)
+        can_move = avail_actions[..., FIRST_MOVE:FIRST_TARGET]  # (B, N, 4)
+        move = FIRST_MOVE + (away @ MOVES.T).masked_fill(~can_move, -float("inf")).argmax(-1)
+        actions = torch.where((SIGHT * gap < TOO_NEAR) & can_move.any(-1), move, actions)
+    return actions
 
 
 def play(map_name, team, games, seed):
@@ -146,10 +163,10 @@ Win rate / return / length over {report["games"]} games, {report["engine"]} (not
 
 {table}
 {legend}
-Medivacs of the last two teams heal the most hurt agent in reach, else fly east. Battles of a map begin alike
-and differ only by the weapons' random delays, so a scripted team tends to win nearly always or nearly never,
-and a small change of a rule can turn a map over: a fingerprint of this simulator, no measure of a map's
-difficulty in the game.
+Medivacs of the last three teams heal the most hurt agent in reach, else fly ahead. Battles of a map begin
+alike and differ only by the weapons' random delays, so a scripted team tends to win nearly always or nearly
+never, and a small change of a rule can turn a map over: a fingerprint of this simulator, no measure of a
+map's difficulty in the game.
 
 {describe(report)}
 """

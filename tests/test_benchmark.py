@@ -443,9 +443,10 @@ def test_scripted_layout_matches_the_observation():
 
 
 def test_scripted_targets():
-    actions_of, EAST, FIRST_TARGET = scripted.actions_of, scripted.EAST, scripted.FIRST_TARGET
-    STOP, NO_OP = scripted.STOP, scripted.NO_OP
+    actions_of, FIRST_TARGET = scripted.actions_of, scripted.FIRST_TARGET
+    STOP, NO_OP, NORTH, SOUTH, EAST, WEST = scripted.STOP, scripted.NO_OP, 2, 3, 4, 5
     layout = scripted.Layout("3m")
+    assert layout.forward == EAST and scripted.Layout("2m_vs_1z").forward == NORTH
     obs, avail = torch.zeros(1, 3, 30), torch.zeros(1, 3, 9, dtype=torch.bool)
     avail[0, 0, [STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2]] = True
     avail[0, 1, [STOP]] = True
@@ -458,6 +459,15 @@ def test_scripted_targets():
     assert actions_of("stop", obs, avail, layout, None).tolist() == [[STOP, STOP, NO_OP]]
     avail[0, 1, EAST] = True
     assert actions_of("nearest", obs, avail, layout, None)[0, 1] == EAST
+    # kite: enemy 1 stands 0.9 east, where weakest would shoot at enemy 0, agent 1 sees nobody
+    rows[0, 0, 1, 2:4] = torch.tensor([0.1, 0.0])
+    avail[0, 0, [NORTH, SOUTH, WEST]] = True
+    assert actions_of("kite", obs, avail, layout, None).tolist() == [[WEST, EAST, NO_OP]]
+    avail[0, 0, WEST] = False
+    assert actions_of("kite", obs, avail, layout, None)[0, 0] == SOUTH  # to its right, seen from the enemy
+    avail[0, 0, [NORTH, SOUTH]] = False
+    rows[0, 0, 1, 1] = 0.34  # 3.06 tiles
+    assert actions_of("kite", obs, avail, layout, None)[0, 0] == FIRST_TARGET
     random = torch.stack([actions_of("random", obs, avail, layout, None) for _ in range(200)])
     assert set(random[:, 0, 0].tolist()) == {STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2}
 
