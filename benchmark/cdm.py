@@ -30,7 +30,8 @@ game (10 agents, 10 actions, +10 if all take the first, else -10) but cannot lea
 with the same replay."""
 ANSWER = """In part: DOP holds the optimum at the end in {dop} seeds, where COMA misses or loses it ({coma}),
 but MADDPG with its replay holds it as well ({maddpg}; with a replay of 128 steps {maddpg_128}; with DOP's
-replay and rates {equal_maddpg}, deterministic DOP with them {equal_dop_deterministic}); MAAC: {maac}."""
+replay and rates {equal_maddpg}, deterministic DOP with them {equal_dop_deterministic}); MAAC: {maac}, with
+DOP's replay and rates {equal_maac}."""
 READING = """Under protocol guided either is nearly enough: a decomposed critic, even with next to no replay
 (on-policy DOP draws from the latest 32 episodes), or replay, even without decomposition (MADDPG). Without
 both (COMA, also with as many iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or

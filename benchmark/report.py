@@ -48,8 +48,8 @@ ENGINE_TITLES = {
 SCRIPTS = {"training_speed": training_speed, "update_speed": update_speed}
 ENGINE_CLAIM = """Ours: a step of the environment costs little beside the learning, and on a CPU the battles
 are faster than SMAX's at the sizes that are trained with."""
-SCRIPTED_CLAIM = """Ours, a check of the simulator's sense: random and idle teams never win, simple rules of
-shooting win some maps, and a rule of giving way wins others."""
+SCRIPTED_CLAIM = """Ours, a check of the simulator's sense: idle teams never win, random ones only against
+banelings, which scattered zealots survive; simple rules of shooting win some maps, giving way others."""
 
 GAME_CLAIM = """Ours: beside the game's own time, wrapper and workers cost little, and games step at the same
 time."""
