@@ -77,9 +77,11 @@ class Args:
 
 # setting or environment id -> what differs from the defaults
 PRESETS = {
-    # the authors' code steps its critic once per time step, about 60 times on most maps, and copies the
+    # the authors' code steps its critic once per time step, 60 times and more on most maps, and copies the
     # target after 200 of these
-    "paper": dict(num_envs=8, critic_updates=60, target_period=3, total_timesteps=2_000_000),
+    "paper": dict(
+        num_envs=8, critic_updates=60, target_period=3, epsilon_steps=100_000, total_timesteps=2_000_000
+    ),
     "cdm": dict(
         num_envs=8, critic_updates=1, total_timesteps=10_000, epsilon_steps=5_000, eval_every=500,
         eval_episodes=1, log_every=100,

@@ -465,6 +465,7 @@ if __name__ == "__main__":
     generator = Stream(env.device).manual_seed(seeds[2])
     actor, critic = Actor(env, args).to(env.device), DecomposedCritic(env, args).to(env.device)
     critic_target, average = copy.deepcopy(critic), copy.deepcopy(actor)
+    average.gru.flatten_parameters()  # a copy's weights lie apart: cuDNN would join them at each call
     weights = [list(x.state_dict().values()) for x in (average, actor)]  # their own memory, no copies
     actor_optimizer = torch.optim.RMSprop(actor.parameters(), lr=args.actor_lr, alpha=0.99, eps=1e-5)
     critic_optimizer = torch.optim.RMSprop(critic.parameters(), lr=args.critic_lr, alpha=0.99, eps=1e-5)

@@ -80,7 +80,10 @@ class Args:
 
 # setting or environment id -> what differs from the defaults
 PRESETS = {
-    "paper": dict(num_envs=1, target_period=200, total_timesteps=2_000_000),
+    "paper": dict(
+        num_envs=1, episodes_per_iteration=1, target_period=200, epsilon_steps=50_000,
+        total_timesteps=2_000_000,
+    ),
     "cdm": dict(
         total_timesteps=10_000, epsilon_steps=5_000, episodes_per_iteration=4, eval_every=500,
         eval_episodes=1, log_every=100,

@@ -1,5 +1,6 @@
 """What all programs promise: every kind of environment, learning, run folders, flags and their mistakes."""
 
+import itertools
 import json
 import math
 import random
@@ -584,6 +585,16 @@ def test_presets_lie_between_defaults_and_flags(parse, monkeypatch, program, pre
         monkeypatch.setitem(presets, "aim", {"num_envs": 333, "seed": 9, "gamma": 0.9})
         assert "num_envs" in values
         assert parse(*flags, "--gamma", "0.8") == Args(**chosen | {"seed": 9} | values | {"gamma": 0.8})
+
+
+@pytest.mark.parametrize("program", ["dop_stochastic", "dop_deterministic", "coma", "qmix"])
+def test_a_setting_leaves_nothing_of_the_method_to_an_environment(program):
+    """Only how long a run is and what it logs may come from the environment's preset beside a setting."""
+    presets = MODULES[program].PRESETS
+    settings = presets.keys() & {"paper", "official", "appendix"}
+    length = {"total_timesteps", "warmup_steps", "eval_every", "eval_episodes", "log_every", "save_every"}
+    for setting, env in itertools.product(settings, presets.keys() - settings):
+        assert presets[env].keys() - presets[setting].keys() <= length, (setting, env)
 
 
 @pytest.mark.parametrize("program", ["coma"])
