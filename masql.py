@@ -179,6 +179,9 @@ def svgd_direction(fixed, score, updated):
     score, mostly grad_a Q / alpha, is the gradient of the log density that the actions should get.
     """
     assert fixed.shape == score.shape
+    # only differences matter: small numbers, as products of matrices round, on a GPU (TF32) to three digits
+    centre = fixed.mean(1, keepdim=True)  # (B, 1, J)
+    fixed, updated = fixed - centre, updated - centre
     distance = torch.cdist(fixed, updated).square()  # (B, K, K)
     # section 5 of Liu and Wang 2016, "Stein Variational Gradient Descent": h = median / log K
     width = (distance.flatten(1).median(1).values / math.log(fixed.shape[1])).clamp_min(1e-3)[:, None, None]

@@ -22,7 +22,7 @@ METHODS = {
 }  # fmt: skip
 PROTOCOLS = {
     "guided": "every method with its preset",
-    "equal": "replay of 5,000 steps and learning rates of 5e-4 in all, as in Appendix G.1 of [DOP]",
+    "equal": "replay of 5,000 steps and learning rates of 5e-4 in all, a reading of Appendix G.1 of [DOP]",
 }
 LAST = 5  # evaluations
 CLAIM = """The paper, section 3.1: with a joint critic, COMA, MADDPG and MAAC explore the optimum of this
@@ -41,7 +41,8 @@ as deterministic DOP, whose preset has slower actors: between these two not the 
 decide but replay and rates, which were changed together. Networks, batches, discount, policy delay and the
 targets' share are each method's own. Under "equal" DOP, QMIX and COMA, which has no replay, would have what
 their presets say, so that their sets of "guided" stand for both. MAAC has few seeds because its runs
-take long. Episodes have one step, so tree backup and TD(lambda) are not exercised."""
+took long; the paper's learns by Gumbel-softmax samples, ours, as in its own paper, by the score function.
+Episodes have one step, so tree backup and TD(lambda) are not exercised."""
 LEGEND = f"""An evaluation returns 10 or -10. Found: 10 in at least one. Held: 10 in each of the last {LAST}.
 Lost: found and not held. Never left: 10 in each evaluation after the first with 10. Numbers of seeds, with
 Wilson's 95% interval; so are the bands in the figure."""

@@ -45,7 +45,7 @@ SOLVED = 0.95  # greedy win rate
 AGENTS, STEPS = 3, 25  # of spread
 DELAY = """No delay: policies and targets move at every critic update, elsewhere at every second, as in
 Appendix G.2 of [DOP] (`--policy-delay`). These sets were made at an older commit, so the delay is not all
-that differs."""
+that differs. Games: 32 at once here, where the paper's Appendix G.2 has one for all algorithms."""
 STIFFNESS, BRAKE = 8.0, 2.0  # of the assigned team's steering, the best of a coarse search
 
 

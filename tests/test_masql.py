@@ -73,6 +73,23 @@ def test_direction_equals_a_loop_and_finite_differences_in_each_state(K):
         torch.testing.assert_close(ours[i], torch.tensor(oracle).to(ours), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("spread", [0.3, 0.003])
+def test_direction_of_as_many_particles_as_by_default_keeps_its_digits_where_they_meet(spread):
+    """Far from the origin, in single precision; with this many torch.cdist multiplies matrices."""
+    K = masql.Args().particles
+    fixed, updated = (0.5 + spread * rand(8, K, J, seed=seed) for seed in (0, 2))
+    score = rand(8, K, J, seed=1) / 1e-3
+    exact = masql.svgd_direction(fixed, score, updated)
+    pairs = (updated.unsqueeze(1) - fixed.unsqueeze(2)).double()  # (B, K, K, J), f - a
+    distance = pairs.square().sum(-1)
+    width = (distance.flatten(1).median(1).values / math.log(K)).clamp_min(1e-3)[:, None, None, None]
+    kernel = (-distance.unsqueeze(-1) / width).exp()
+    loop = (kernel * (score.unsqueeze(2) + 2 / width * pairs)).mean(1)  # (B, K, J)
+    torch.testing.assert_close(exact, loop)
+    ours = masql.svgd_direction(fixed.float(), score.float(), updated.float()).double()
+    assert (ours - loop).norm() < 3e-6 * loop.norm()
+
+
 def test_one_place_for_all_particles_is_plain_gradient_ascent_and_far_ones_do_not_interact():
     place, score = rand(1, 1, J).expand(1, 4, J), rand(1, 4, J, seed=1)
     torch.testing.assert_close(masql.svgd_direction(place, score, place), score.mean(1, True).expand(1, 4, J))
