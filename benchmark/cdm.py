@@ -28,17 +28,17 @@ LAST = 5  # evaluations
 CLAIM = """The paper, section 3.1: with a joint critic, COMA, MADDPG and MAAC explore the optimum of this
 game (10 agents, 10 actions, +10 if all take the first, else -10) but cannot learn it; DOP converges to it
 with the same replay."""
-ANSWER = """In part: DOP holds the optimum at the end in {dop} seeds, where COMA misses or loses it ({coma}),
-but MADDPG with its replay holds it as well ({maddpg}; with a replay of 128 steps {maddpg_128}; with DOP's
-replay and rates {equal_maddpg}, deterministic DOP with them {equal_dop_deterministic}); MAAC: {maac}, with
-DOP's replay and rates {equal_maac}."""
+ANSWER = """In part: DOP holds the optimum at the end in {dop} seeds, COMA in {coma} (in the others it misses
+or loses it), but MADDPG with its replay holds it as well ({maddpg}; with a replay of 128 steps {maddpg_128};
+with DOP's replay and rates {equal_maddpg}, deterministic DOP with them {equal_dop_deterministic}); MAAC:
+{maac}, with DOP's replay and rates {equal_maac}."""
 READING = """Under protocol guided either is nearly enough: a decomposed critic, even with next to no replay
 (on-policy DOP draws from the latest 32 episodes), or replay, even without decomposition (MADDPG). Without
 both (COMA, also with as many iterations as DOP; MADDPG with a replay of 128 steps) the optimum is missed or
-lost in a quarter of the seeds and more. Not to leave it even once is what decomposed values show under
-protocol guided (DOP's critics, QMIX's mixing), but with equal replay and rates MADDPG stays at least as often
-as deterministic DOP, whose preset has slower actors: between these two not the decomposition seems to
-decide but replay and rates, which were changed together. Networks, batches, discount, policy delay and the
+lost in a quarter of the seeds and more. Under protocol guided DOP's critics and QMIX's mixing hardly ever
+leave it once found, nor does MAAC. But with equal replay and rates MADDPG never leaves it in at least as many
+seeds as deterministic DOP, whose preset has slower actors: between these two replay and rates, which were
+changed together, seem to decide, not the decomposition. Networks, batches, discount, policy delay and the
 targets' share are each method's own. Under "equal" DOP, QMIX and COMA, which has no replay, would have what
 their presets say, so that their sets of "guided" stand for both. MAAC has few seeds because its runs
 took long; the paper's learns by Gumbel-softmax samples, ours, as in its own paper, by the score function.

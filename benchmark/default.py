@@ -109,13 +109,13 @@ def main(argv=None):
     reports, fig3, maps = load_sets("default"), load_sets("fig3"), {}
     for report in reports.values():
         maps.setdefault(report["env"], {})[label(report)] = report
-    names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus")
+    names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus", "dop_3m", "dop_2s3z")
     wanted = ("bonus_0.05_rate_1e-3_3m", "bonus_0.05_rate_1e-3_2s3z")
     needed = (*wanted, "average_mmm")
     if missing := [x for x in names if x not in fig3] + [x for x in needed if x not in reports]:
         sys.exit(f"default.py: docs/results has no {', '.join(missing)} yet")
     trials = [reports[name] for name in wanted]
-    chosen, bonus, former, bonus_3m = (fig3[name] for name in names)
+    chosen, bonus, former, bonus_3m, *own = (fig3[name] for name in names)
     maps.setdefault("mmm", {}).update({label(report): report for report in (chosen, bonus, former)})
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
@@ -123,21 +123,15 @@ def main(argv=None):
     averaged = [x for name, x in reports.items() if name.startswith("average_")]
     pairs = {x["env"]: (x, fig3[f"dop_{x['env']}"]) for x in averaged}
     falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
-    told = []
-    for name, report in fig3.items():
-        if name == f"dop_{report['env']}" and settings(report) == settings(chosen):
-            seeds, steps = reached(report)
-            after = f"(median {steps} steps)" if steps != "-" else f"within {length(report):,} steps"
-            told.append(f"{report['env']} {seeds.split(' (')[0]} {after}")
-    (mmm, sooner), (on_3m, _) = reached(bonus), reached(bonus_3m)
-    mmm, on_3m, *tried = (x.split(" (")[0] for x in (mmm, on_3m, *(reached(x)[0] for x in trials)))
-    text = f"""Seeds that reach a greedy win rate of {TARGET:g} with the default settings: {", ".join(told)}.
-    With the bonus instead: mmm {mmm} (median {sooner} steps), 3m {on_3m} within {length(bonus_3m):,} steps
-    (and {tried[0]} trial seeds), 2s3z {tried[1]} trial seeds (median {reached(trials[1])[1]} steps); with
-    neither the median on MMM is {reached(former)[1]} steps ({len(former["runs"])} seeds). A run with the mean
-    over steps is better than one with the mean over steps and agents with probability {greedy} by the greedy
-    win rate, {exploring} by the exploring one (measured with the bonus). All this is of the latest actor.
-    Evaluations below {TARGET:g} after a seed's first that is not, average of actors (latest actor):
+    on_3m, with_bonus, tried = (reached(x)[0].split(" (")[0] for x in (own[0], bonus_3m, trials[0]))
+    on_2s3z, trial_2s3z = (reached(x)[1] for x in (own[1], trials[1]))
+    text = f"""Half of the seeds reach a greedy win rate of {TARGET:g} on MMM by {reached(chosen)[1]} steps
+    with the default, {reached(bonus)[1]} with an entropy bonus instead, {reached(former)[1]} with neither; on
+    3m {on_3m} seeds reach it, {with_bonus} with the bonus (and {tried} trial seeds); on 2s3z half by
+    {on_2s3z} steps, {trial_2s3z} with the bonus (trial seeds). A run with the mean over steps is better than
+    one with the mean over steps and agents with probability {greedy} by the greedy win rate, {exploring} by
+    the exploring one (with the bonus). All this is of the latest actor. After a seed's first evaluation of
+    {TARGET:g} or more, this many of its later ones are below, average of actors (latest actor):
     {"; ".join(falls)}."""
     parts = [READ, "## Scale of the actor's loss", table, "## Average of actors"]
     curves = {name: {"average of actors": new, "latest actor": old} for name, (new, old) in pairs.items()}

@@ -4,7 +4,7 @@
     python benchmark/fidelity.py --env mmm --games 8 --rounds 10 --runs runs/A runs/B
     python benchmark/fidelity.py --env mmm --speed      # instead of all that: what a step costs, and whom
 
-Needs StarCraft II (docs/envs.md). Plays the four teams of scripted.py and the greedy policies of run folders,
+Needs StarCraft II (docs/envs.md). Plays the five teams of scripted.py and the greedy policies of run folders,
 whichever engine these were trained in. Damage: life and shield that the units of a type lose in an episode,
 without what they regain; hits: how often a unit of it has less of both after a step than before. Writes
 docs/results/sc2/<map>.json: means over episodes, and their difference in standard errors, which is by chance

@@ -201,7 +201,7 @@ outperforms both, because it learns to credit pushing clockwise."""
 ANSWER_4 = """In part: deterministic DOP keeps aggregation solved throughout the last fifth in
 {dop_aggregation} seeds and the mill in {dop_mill}, MADDPG does in {maddpg_aggregation} and {maddpg_mill};
 MAAC in {maac_aggregation} and {maac_mill}, but without the delay of policies and targets, at an older
-commit, in {maac_aggregation_no_delay} and {maac_mill_no_delay}; credit: {credit}."""
+commit, in {maac_aggregation_no_delay} and {maac_mill_no_delay}; {credit}."""
 CLAIM_SPREAD = """Ours, as spread is no task of the papers: on mpe2's simple_spread MADDPG reaches what other
 libraries publish for it."""
 ANSWER_SPREAD = """MADDPG ends at {maddpg}, within the range of other libraries ({worst:.1f} to {best:.1f} in
@@ -233,11 +233,12 @@ def write_fig4(tasks):
         parts += [f"## {task}", winning_table(sets)]
     games = {str(report["settings"]["eval_episodes"]) for report in reports.values()}
     parts += [LEGEND.format(games=" or ".join(sorted(games))), DELAY]
-    credited = "not measured"
+    credited = "credit was not measured"
     if (place / "credit.json").exists():
         content = json.loads((place / "credit.json").read_text())
         parts.append(credit.section(content))
-        credited = f"{credit.above(content['checkpoints'][-1])} agents have clockwise above"
+        right = credit.above(content["checkpoints"][-1])
+        credited = f"the critic credits {right} agents of the mill with pushing clockwise (seed 1)"
     names = [name for sets in TASKS.values() for name in sets]
     answer = ANSWER_4.format(**dict.fromkeys(names, "not run") | counts, credit=credited)
     parts += [WRITTEN, sources("fig4", reports)]

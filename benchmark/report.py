@@ -34,6 +34,10 @@ HEADER = """# Results
 What the papers claim, what we find, and a page for each with figure, tables, commands, commits, seeds and
 hardware. Written by `python benchmark/report.py`; [docs/benchmark.md](../benchmark.md) tells how to run
 them. [DOP]: Wang et al., ICLR 2021; [MASQL]: Wei et al., AAAI Spring Symposium 2018.
+
+Begin with [Fig. 3](fig3/README.md) and [Fig. 4](fig4/README.md) of DOP. Numbers in square brackets are 95%
+intervals over seeds. Most runs are far shorter than the papers', and battles are those of this repository's
+own simulator.
 """
 ENGINE_TITLES = {
     "throughput": "Steps per second beside SMAX",

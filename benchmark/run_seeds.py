@@ -1,6 +1,6 @@
 """Repeat one command over seeds on Ray, and collect its curves in small files.
 
-    python benchmark/run_seeds.py --name fig3/dop_mmm --seeds 1-8 --workers 2 -- python dop_stochastic.py
+    python benchmark/run_seeds.py --name mine/dop_mmm --seeds 1-8 --workers 2 -- python dop_stochastic.py
 
 Ray starts on this machine and ends with this script, unless --address names a cluster. Each seed gets the
 folder runs/<name>/seed_<n> with log.txt, the run folder of the command and, once it has ended well,

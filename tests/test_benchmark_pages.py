@@ -150,7 +150,7 @@ def test_cdm_counts_found_held_and_lost(results, capsys):
     held, found, lost, kept = (stats.success_rate([i < n for i in range(3)]) for n in (1, 2, 1, 1))
     text = (results / "fig1" / "README.md").read_text()
     assert f"| COMA | {held} | {found} | {lost} | {kept} |" in text and "MAAC: not run" in text
-    assert "COMA misses or loses it (1 of 3)" in text and (results / "fig1" / "guided.png").exists()
+    assert "COMA in 1 of 3 (in the others" in text and (results / "fig1" / "guided.png").exists()
 
 
 def test_quadratic_tables(results, capsys):
