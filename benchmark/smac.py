@@ -73,11 +73,11 @@ and intervals. Yu et al. ([arXiv 2103.01955](https://arxiv.org/abs/2103.01955)):
 ([arXiv 2506.18537](https://arxiv.org/abs/2506.18537), Table 2): medians of a method that learns a model of
 the game. The last two as public repositories quote them; we had no access to the papers.
 
-So this simulator is not the game, and seems harder in places: on 2m_vs_1z, 2s_vs_1sc and 3s_vs_3z a method wins the game within 50,000
-steps, and none of ours wins here within 150,000 or 200,000; MMM is won sooner here. Which of
-[our rules](../../envs.md#rules-of-the-simulator) makes these maps harder is not known. They can be won: on
-3s_vs_3z always and on 2m_vs_1z at times a [scripted team](../scripted/README.md) wins that gives way while it
-shoots."""
+So this simulator is not the game, and seems harder in places: on 2m_vs_1z, 2s_vs_1sc and 3s_vs_3z a method
+wins the game within 50,000 steps, and none of ours wins here within 150,000 or 200,000; MMM is won sooner
+here. Which of [our rules](../../envs.md#rules-of-the-simulator) makes these maps harder is not known. They
+can be won: on 3s_vs_3z always and on 2m_vs_1z at times a [scripted team](../scripted/README.md) wins that
+gives way while it shoots."""
 
 
 # ---- scores ----
