@@ -105,7 +105,7 @@ def collect(args):
         overall[key] |= {"min": min(reached), "max": max(reached)} if reached else {}
     smac = json.loads((ROOT / "envs" / "smac_maps.json").read_text())["maps"]
     env = settings.get("env", "")
-    engine = ENGINE if env.lower() in {x.lower() for x in smac} else None
+    engine = ENGINE if env.lower().split(",")[0] in {x.lower() for x in smac} else None
     report = {
         "name": args.name, "command": about["command"], "env": env.lower(), "engine": engine,
         "commit": about["commit"], "dirty": any(run["dirty"] for run in runs), "date": today(),

@@ -29,7 +29,7 @@ class BattleSim:
     of the units' types, `walkable` (32, 32) [x, y], `battle` the map's entry in smac_maps.json.
     """
 
-    def __init__(self, map_name, device="cpu"):
+    def __init__(self, map_name, device="cpu", chase=False):
         battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
         stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
         n = self.n_agents = battle["n_agents"]
@@ -88,6 +88,7 @@ class BattleSim:
         w.n_agents, w.n_units = n, self.n_units
         w.heal_rate, w.heal_cost = medivac["heal"]["rate_hp_per_loop"], medivac["heal"]["energy_per_hp"]
         w.energy_max, w.energy_regen = medivac["energy"]["max"], medivac["energy"]["regen_per_loop"]
+        w.chase = chase
         if "between" in order:
             w.draws_goal, (w.goal_from, w.goal_to) = True, order["between"]
         w.fresh = wp.array(self.fresh, dtype=Unit, device=device)

@@ -27,7 +27,7 @@ MOVE_DISTANCE = wp.constant(2.0)  # tiles that a move order asks for (starcraft2
 SHIELD_DELAY = wp.constant(160.0)  # loops without damage before shields return
 SHIELD_REGEN = wp.constant(2.0 / LOOPS_PER_SECOND)
 MIN_DAMAGE = wp.constant(0.5)  # of a hit on life, after armour
-RESPONSE_RANGE = wp.constant(21.0)  # gap at which an enemy still answers whoever hurt it last
+RESPONSE_RANGE = wp.constant(21.0)  # gap at which an enemy still answers whoever hurt it last, or chases
 CALL_FOR_HELP_RANGE = wp.constant(4.0)  # tiles within which it also answers whoever hurt a comrade
 HEAL_SCAN_RANGE = wp.constant(6.0)  # gap at which the enemy medivac notices a wounded unit
 HEAL_MIN_ENERGY = wp.constant(5.0)  # energy that the enemy medivac needs to begin a heal
@@ -119,6 +119,7 @@ class World:
     heal_cost: float  # energy per life
     energy_max: float
     energy_regen: float
+    chase: bool  # an enemy goes after whoever hurt it, then after its target, before it looks for the nearest
     draws_goal: bool  # the enemies' attack point lies anew between two points in every battle
     goal_from: wp.vec2
     goal_to: wp.vec2
@@ -189,10 +190,16 @@ def obey(w: World, u: Game, i: int, action: int):
 # ---- phase 1: decide ----
 @wp.func
 def acquire(w: World, u: Game, i: int):
-    """Whom enemy i goes for: whom its weapon reaches already, else the nearest that it notices, else whoever
-    hurt it, else whoever hurt a comrade nearby."""
+    """Whom enemy i goes for: its target while the weapon reaches it, else the nearest that it notices, else
+    whoever hurt it, else whoever hurt a comrade nearby; with `chase`, before the nearest, whoever hurt it,
+    else its target as long as that lives."""
     if gap_to_victim(w, u, i, u[i].target) <= w.kind[i].reach:
         return u[i].target
+    if w.chase:
+        if gap_to_victim(w, u, i, u[i].attacker) <= RESPONSE_RANGE:
+            return u[i].attacker
+        if gap_to_victim(w, u, i, u[i].target) <= RESPONSE_RANGE:
+            return u[i].target
     nearest, least, j = wp.int32(-1), float(FAR), wp.int32(0)
     while j < w.n_agents:
         gap = gap_to_victim(w, u, i, j)

@@ -123,6 +123,10 @@ class Battles:
         self._world.pair = wp.array(pairs, dtype=Pair, device=self._world.kind.device)
         return self
 
+    def chasing(self):
+        self._world.chase = True
+        return self
+
     def layers(self):
         """(3, 32, 32) bool [layer, x, y]"""
         return torch.tensor(self._world.walkable.numpy()).view(3, 32, 32)

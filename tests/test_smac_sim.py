@@ -11,7 +11,9 @@ import math
 
 import pytest
 import torch
-from battles import Battles, make
+from battles import DEVICE, Battles, make
+
+import envs
 
 MAPS = (
     "3m 8m 25m 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m MMM MMM2 2s3z 3s5z 3s5z_vs_3s6z 3s_vs_3z 3s_vs_4z "
@@ -603,6 +605,28 @@ def test_enemy_in_melee_turns_to_the_nearest_while_it_chases():
     sim, units = scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))
     assert int(play(sim, units, 1).target[0, 2]) == 0
     assert int(play(sim, change(units, "x", 1, 15.0), 1).target[0, 2]) == 1
+
+
+def test_with_chase_an_enemy_goes_after_whoever_hurt_it_then_after_its_target():
+    sim, units = scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))
+    sim, units = Battles("2m_vs_1z").chasing(), play(sim, units, 1)
+    assert int(units.target[0, 2]) == 0
+    units = change(units, "x", 1, 15.0)  # nearer than agent 0, but no target and no attacker
+    assert int(play(sim, units, 1).target[0, 2]) == 0
+    far = change(change(units, "x", 0, 1.0), "y", 0, 1.0)  # beyond its scan range of 5
+    assert int(play(sim, far, 1).target[0, 2]) == 0
+    assert int(play(sim, change(units, "attacker", 2, 1), 1).target[0, 2]) == 1
+    dead = change(change(units, "attacker", 2, 1), "hp", 1, 0.0)
+    assert int(play(sim, dead, 1).target[0, 2]) == 0
+    near = change(change(units, "y", 0, 14.2), "attacker", 2, 1)  # its weapon reaches agent 0
+    assert int(play(sim, near, 1).target[0, 2]) == 0
+    neither = change(change(units, "hp", 0, 0.0), "x", 1, 16.0)
+    assert int(play(sim, neither, 1).target[0, 2]) == 1  # the nearest, as without
+
+
+def test_chase_is_an_argument_of_the_id():
+    for words, chase in (("", False), (",chase=true", True)):
+        assert envs.make(f"3m{words}", device=DEVICE).sim.world.chase is chase
 
 
 def test_enemy_answers_whoever_hurt_it_from_beyond_its_scan_range():
