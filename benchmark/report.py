@@ -89,6 +89,8 @@ def teams(files):
             rates.setdefault(x["team"], []).append(x["win_rate"])
         told = [f"{team} {min(x):.2f} to {max(x):.2f}" for team, x in rates.items()]
         answer = f"Win rates over the maps: {', '.join(told)}"
+    if "rules" in files:
+        parts.append(scripted.rules_section(files["rules"]))
     if "particles" in files:
         parts.append(scripted.particles_section(files["particles"]))
     write_page("scripted", "Scripted teams", SCRIPTED_CLAIM, f"{answer}.", *parts)

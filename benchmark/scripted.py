@@ -2,11 +2,12 @@
 
     python benchmark/scripted.py
     python benchmark/scripted.py --maps MMM --games 2048
+    python benchmark/scripted.py --rules
     python benchmark/scripted.py --particles
 
-They see what learning agents see: masks and observations. A result is over the first episode of every
-parallel game, so that short episodes do not count more often. Writes docs/results/scripted/battles.json, or
-particles.json; report.py writes the page.
+They see what learning agents see: masks and observations; but for `closest`, which knows where all enemies
+are. A result is over the first episode of every parallel game, so that short episodes do not count more
+often. Writes docs/results/scripted/battles.json, rules.json or particles.json; report.py writes the page.
 """
 
 import json
@@ -32,8 +33,15 @@ TEAMS = {
     "weakest": "attacks the enemy in reach with the least hp and shield, else walks as nearest does",
     "kite": "as weakest, but walks away from an enemy that is nearer than 3, aslant by a quarter",
 }
+# SMAC's own team without learning, and its win rate in StarCraft II
+CLOSEST = "an attack on the closest enemy, however far, until it is dead (`heuristic_ai` of SMAC)"
+GAME = {"2s3z": 0.90, "3s5z": 0.42, "10m_vs_11m": 0.12} | dict.fromkeys(
+    ("5m_vs_6m", "2s_vs_1sc", "3s_vs_5z", "6h_vs_8z", "corridor", "27m_vs_30m"), 0.0
+)
+RULES = [*GAME, "3s_vs_3z", "2m_vs_1z"]
 NO_OP, STOP, FIRST_MOVE, FIRST_TARGET = 0, 1, 2, 6
 MOVES = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])  # north, south, east, west
+CHASE = ",chase=true"
 SIDES = ("enemy", "ally")
 SIGHT = 9.0  # tiles
 TOO_NEAR, SLANT = 3.0, 0.25  # of kite: tiles, and how far it turns right; of a coarse search on its maps
@@ -118,16 +126,32 @@ def actions_of(team, obs, avail_actions, layout, generator):
     return actions
 
 
+def closest(env, target):
+    """Actions (B, N) of SMAC's own team, and its targets (B, N) for the next; at first -1. No medivacs."""
+    n, units = env.n_agents, env.units
+    alive = units.hp > 0  # (B, U)
+    place = torch.stack([units.x, units.y], -1)  # (B, U, 2)
+    distance = torch.cdist(place[:, :n], place[:, n:]).masked_fill(~alive[:, None, n:], float("inf"))
+    keeps = (target >= 0) & alive[:, n:].gather(1, target.clamp_min(0))
+    target = torch.where(keeps, target, distance.argmin(-1))
+    return torch.where(alive[:, :n], FIRST_TARGET + target, NO_OP), target
+
+
 def play(map_name, team, games, seed):
     """Win rate, return, length and share of timeouts over the first episode of each game."""
-    env, layout = make(map_name, num_envs=games, seed=seed), Layout(map_name)
+    env = make(map_name, num_envs=games, seed=seed, validate=team != "closest")  # it ignores the mask
+    layout, target = Layout(map_name.split(",")[0]), torch.full((games, env.n_agents), -1)
     generator = torch.Generator().manual_seed(seed)
     obs, _ = env.reset(seed=seed)
     running = torch.ones(games, dtype=torch.bool)
     won, total, length, timeout = (torch.zeros(games) for _ in range(4))
     while running.any():
-        actions = actions_of(team, obs, env.avail_actions(), layout, generator)
+        if team == "closest":
+            actions, target = closest(env, target)
+        else:
+            actions = actions_of(team, obs, env.avail_actions(), layout, generator)
         obs, _, terminated, truncated, info = env.step(actions)
+        target = target.where(~(terminated | truncated)[:, None], -1)
         ended = running & (terminated | truncated)
         won[ended] = info["battle_won"][ended].float()
         total[ended], length[ended] = info["episode_return"][ended], info["episode_length"][ended].float()
@@ -168,6 +192,26 @@ alike and differ only by the weapons' random delays, so a scripted team tends to
 never, and a small change of a rule can turn a map over: a fingerprint of this simulator, no measure of a
 map's difficulty in the game.
 
+{describe(report)}
+"""
+
+
+def rules_section(report):
+    """What rules.json says, in Markdown."""
+    rates = {(x["map"], x["team"]): f"{x['win_rate']:.2f}" for x in report["results"]}
+    rows = []
+    for name in dict.fromkeys(x["map"].split(",")[0] for x in report["results"]):
+        game = f"{GAME[name]:.2f}" if name in GAME else "-"
+        cells = (rates[name + rule, team] for team in ("closest", "kite") for rule in ("", CHASE))
+        rows.append([name, game, *cells])
+    header = ["map", "closest in the game", "closest", "closest, chase", "kite", "kite, chase"]
+    return f"""## Whom an enemy goes for
+
+Win rates over {report["games"]} games. **closest**: {CLOSEST}; the game's are of the appendix of Rashid et
+al., JMLR 2020, as a public repository quotes them. **chase**: the maps with `,chase=true`
+([rules](../../envs.md#rules-of-the-simulator)).
+
+{markdown_table(header, rows)}
 {describe(report)}
 """
 
@@ -294,6 +338,7 @@ def main(argv=None):
     parser.add_argument("--maps", nargs="+", default=MAPS, help="SMAC maps")
     parser.add_argument("--teams", nargs="+", default=list(TEAMS), choices=TEAMS, help="scripted teams")
     parser.add_argument("--games", type=int, default=512, help="parallel games of each")
+    parser.add_argument("--rules", action="store_true", help="SMAC's own team, and kite, by both rules")
     parser.add_argument("--particles", action="store_true", help="aggregation and mill instead of SMAC maps")
     parser.add_argument("--episodes", type=int, default=2_000_000, help="of a random team on these two")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
@@ -306,14 +351,20 @@ def main(argv=None):
         }
     else:
         about |= {"engine": ENGINE, "games": args.games}
+        maps, teams = args.maps, args.teams
+        if args.rules:
+            maps, teams = [name + rule for name in RULES for rule in ("", CHASE)], ["closest", "kite"]
         try:
-            results = battles(args.maps, args.teams, args.games, args.seed)
+            results = battles(maps, teams, args.games, args.seed)
         except ValueError as error:  # of a map or a number of games
             sys.exit(f"scripted.py: {error}")
     about |= {"results": results}
-    out = common.RESULTS / "scripted" / ("particles.json" if args.particles else "battles.json")
+    name, section = "battles", battles_section
+    if args.particles or args.rules:
+        name, section = ("particles", particles_section) if args.particles else ("rules", rules_section)
+    out = common.RESULTS / "scripted" / f"{name}.json"
     write_json(out, about)
-    print(f"\n{(particles_section if args.particles else battles_section)(about)}\nwritten: {out}")
+    print(f"\n{section(about)}\nwritten: {out}")
 
 
 if __name__ == "__main__":

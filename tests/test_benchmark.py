@@ -472,6 +472,19 @@ def test_scripted_targets():
     assert set(random[:, 0, 0].tolist()) == {STOP, EAST, FIRST_TARGET, FIRST_TARGET + 2}
 
 
+def test_smacs_own_team_keeps_the_closest_enemy_until_it_is_dead():
+    env, target = make("3m", num_envs=2, validate=False), torch.full((2, 3), -1)
+    env.reset()
+    units = env.units
+    units.x[:] = torch.tensor([9.0, 9, 9, 20, 22, 24])
+    units.y[:] = torch.tensor([10.0, 14, 18, 18, 14, 10])
+    actions, target = scripted.closest(env, target)
+    assert actions.tolist() == [[6] * 3] * 2 and target.tolist() == [[0] * 3] * 2
+    units.x[:, 3], units.hp[0, 3], units.hp[0, 1] = 30.0, 0.0, 0.0
+    actions, target = scripted.closest(env, target)
+    assert actions.tolist() == [[7, scripted.NO_OP, 7], [6, 6, 6]]
+
+
 def test_gathering_agrees_with_the_rewards_of_aggregation():
     """The scripts measure all radii in one game that never ends early: the task itself has to agree."""
     arrived = scripted.gather("mixed", 300, seed=1)  # (B, R)
@@ -514,6 +527,10 @@ def test_scripted_writes_its_files(tmp_path, monkeypatch, capsys):
     assert (
         "| 0.66 | never | 17.0 | 17.0 |" in text and "200 episodes of uniformly random forces, 10 of" in text
     )
+    monkeypatch.setattr(scripted, "RULES", ["2m_vs_1z"])
+    scripted.main("--rules --games 2".split())
+    report = json.loads((tmp_path / "scripted" / "rules.json").read_text())
+    assert "| 2m_vs_1z | - | 0.00 |" in scripted.rules_section(report)
     scripted.main("--maps 3m --teams stop --games 2".split())
     report = json.loads((tmp_path / "scripted" / "battles.json").read_text())
     assert "| 3m | 0.00 / 0.0 / 2" in scripted.battles_section(report)
