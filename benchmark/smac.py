@@ -3,7 +3,7 @@
     python benchmark/smac.py
 
 Reads the files <method>_<map>.json there that run_seeds.py wrote, of any number of seeds and steps, and
-<method>_<map>_long.json, which are compared apart. Other files get a row in a last table.
+<method>_<map>_long.json and _chase.json, which are compared apart. Other files get a row in a last table.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.1.
 """
 
@@ -28,7 +28,10 @@ METHODS = {
     "dop_sampled": "undecomposed backup",
 }
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
-SECTIONS = {"": "Short runs", "_long": "Long runs"}  # by the end of a set's name
+# by the end of a set's name
+SECTIONS = {"": "Short runs", "_chase": "Short runs with chase", "_long": "Long runs"}
+CHASE = """On maps with `,chase=true`: enemies go after whoever hurt them, and after their target, before they
+look for the nearest, which is [nearer to the game](../../envs.md#how-far-is-the-simulator)."""
 TARGET = 0.9
 READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
@@ -200,7 +203,7 @@ def profiled(maps):
 
 def section(suffix, title, maps):
     """Figures, the table across maps and a table per map of the sets whose names end alike."""
-    parts = [f"## {title}"]
+    parts = [f"## {title}"] + ([CHASE] if suffix == "_chase" else [])
     for kind, tag in TAGS.items():
         panels = {
             name: {x: y for x, y in sets.items() if scores(y, kind, np.inf)} for name, sets in maps.items()
@@ -228,8 +231,10 @@ def main(argv=None):
         maps = {}
         for method, label in METHODS.items():
             for name, report in reports.items():
-                if name == f"{method}_{report['env']}{suffix}" and report["engine"] == ENGINE:
-                    maps.setdefault(report["env"], {})[label] = others.pop(name)
+                played, _, rule = report["env"].partition(",")
+                fits = report["engine"] == ENGINE and bool(rule) == (suffix == "_chase")
+                if fits and name == f"{method}_{played}{suffix}":
+                    maps.setdefault(played, {})[label] = others.pop(name)
         if maps:
             maps = dict(sorted(maps.items()))
             parts += section(suffix, title, maps)

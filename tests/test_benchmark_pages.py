@@ -101,11 +101,23 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     write_set(fig3, "dop_mmm", smac_run(0.0, 1.0, exploring=0.5), env="mmm")
     write_set(fig3, "coma_mmm", smac_run(0.0, 0.5, exploring=0.5), env="mmm", engine="another")
     write_set(fig3, "dop_mmm_paper", smac_run(0.0, 0.125, exploring=0.0), env="mmm")
+    write_set(fig3, "dop_mmm_chase", smac_run(0.0, 0.25, exploring=0.0), env="mmm,chase=true")
+    write_set(fig3, "dop_8m", smac_run(0.0, 0.25, exploring=0.0), env="8m,chase=true")
     smac.main([])
     text = (fig3 / "README.md").read_text()
     short, long, others = (text.index(f"## {x}") for x in ("Short runs", "Long runs", "Other sets"))
-    assert short < text.index("### mmm\n") < long < text.index("### mmm, long\n") < others
-    assert "| DOP | 1 | 1.00 | 0.50 |" in text[short:long]
+    chase = text.index("## Short runs with chase")
+    assert (
+        short
+        < text.index("### mmm\n")
+        < chase
+        < text.index("### mmm, chase\n")
+        < long
+        < text.index("### mmm, long\n")
+        < others
+    )
+    assert "| DOP | 1 | 1.00 | 0.50 |" in text[short:chase] and "### 8m" not in text[short:long]
+    assert "| dop_8m (8m,chase=true, " in text[others:]
     assert "QMIX" not in text[short:long] and "_long" not in text[short:long]
     assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[long:]
     assert "Long runs (2,000 steps): DOP is better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:short]
