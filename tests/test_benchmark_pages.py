@@ -105,17 +105,10 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     write_set(fig3, "dop_8m", smac_run(0.0, 0.25, exploring=0.0), env="8m,chase=true")
     smac.main([])
     text = (fig3 / "README.md").read_text()
-    short, long, others = (text.index(f"## {x}") for x in ("Short runs", "Long runs", "Other sets"))
-    chase = text.index("## Short runs with chase")
-    assert (
-        short
-        < text.index("### mmm\n")
-        < chase
-        < text.index("### mmm, chase\n")
-        < long
-        < text.index("### mmm, long\n")
-        < others
-    )
+    heads = ("## Short runs\n", "### mmm\n", "## Short runs with chase", "### mmm, chase\n", "## Long runs\n")
+    order = [text.index(head) for head in (*heads, "### mmm, long\n", "## Other sets")]
+    assert order == sorted(order)
+    short, _, chase, _, long, _, others = order
     assert "| DOP | 1 | 1.00 | 0.50 |" in text[short:chase] and "### 8m" not in text[short:long]
     assert "| dop_8m (8m,chase=true, " in text[others:]
     assert "QMIX" not in text[short:long] and "_long" not in text[short:long]
