@@ -78,9 +78,10 @@ the game. The last two as public repositories quote them; we had no access to th
 
 So this simulator is not the game, and seems harder in places: on 2m_vs_1z, 2s_vs_1sc and 3s_vs_3z a method
 wins the game within 50,000 steps, and none of ours wins here within 150,000 or 200,000; MMM is won sooner
-here. Which of [our rules](../../envs.md#rules-of-the-simulator) makes these maps harder is not known. They
-can be won: on 3s_vs_3z always and on 2m_vs_1z at times a [scripted team](../scripted/README.md) wins that
-gives way while it shoots."""
+here. A part of it is whom an enemy goes for (runs with chase, above); which other of
+[our rules](../../envs.md#rules-of-the-simulator) make these maps harder is not known. By the default rule,
+too, a [scripted team](../scripted/README.md) that gives way while it shoots wins 3s_vs_3z always and 2m_vs_1z
+at times."""
 
 
 # ---- scores ----
