@@ -179,7 +179,7 @@ def svgd_direction(fixed, score, updated):
     score, mostly grad_a Q / alpha, is the gradient of the log density that the actions should get.
     """
     assert fixed.shape == score.shape
-    # only differences matter: small numbers, as products of matrices round, on a GPU (TF32) to three digits
+    # only differences matter, and small numbers lose less in products of matrices, which TF32 rounds
     centre = fixed.mean(1, keepdim=True)  # (B, 1, J)
     fixed, updated = fixed - centre, updated - centre
     distance = torch.cdist(fixed, updated).square()  # (B, K, K)

@@ -23,7 +23,8 @@ EDGE = 1e-3  # tiles that a unit keeps from the outermost edge
 
 
 class BattleSim:
-    """A map as the rules need it: its `world` on a device, and `fresh` (U,), the units as they begin.
+    """A map as the rules need it: its `world` on a device, and `fresh` (U,), the units as they begin; `chase`
+    is one of the rules (smac_sim.py, `acquire`).
 
     `kinds` (U,) and `pairs` (U, U) are structured arrays with the fields of Kind and Pair, `types` the names
     of the units' types, `walkable` (32, 32) [x, y], `battle` the map's entry in smac_maps.json.
