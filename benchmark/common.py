@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 ENGINE = "embedded simulator, Warp kernels"  # of every SMAC number that these scripts produce
+NO_CHASE = "_no_chase"  # ends the name of a set of battles with chase=false, which was the default once
 CODE = [":(glob)*.py", "envs", "benchmark", "requirements.txt"]  # what can change a number
 
 
@@ -77,6 +78,17 @@ def load(folder):
 def load_sets(folder):
     """Those of them that are sets of runs, as run_seeds.py wrote them."""
     return {name: report for name, report in load(folder).items() if "runs" in report}
+
+
+def task_of(name, report):
+    """What a set was trained on, for a heading: '3m', '3m, without chase'."""
+    task = report["env"].removesuffix(",chase=true").removesuffix(",chase=false")
+    return task + ", without chase" * name.endswith(NO_CHASE)
+
+
+def set_on(method, task):
+    """The name of a set of a method on what task_of() says."""
+    return f"{method}_{task.replace(', without chase', NO_CHASE)}"
 
 
 def sources(folder, reports):

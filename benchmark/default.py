@@ -5,7 +5,8 @@ average of actors were chosen.
 
 Reads the sets <name>_<map>.json there that run_seeds.py wrote, average_<map>.json with the present default
 among them, and of fig3 dop_<map>.json, which have the same settings but that evaluations play the latest
-actor, and dop_<map>_bonus.json and dop_mmm_no_bonus.json, the former defaults.
+actor, and dop_<map>_bonus.json and dop_mmm_no_bonus.json, the former defaults; ..._no_chase.json of battles
+without chase.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import common
-from benchmark.common import load_sets, markdown_table, no_arguments, sources, write_page
+from benchmark.common import load_sets, markdown_table, no_arguments, set_on, sources, task_of, write_page
 from benchmark.plot import draw_panels
 from benchmark.smac import LEGEND, READ, TARGET, columns, length, reached, table_of
 from benchmark.stats import between, improvement
@@ -23,7 +24,7 @@ CLAIM = """Ours: a pull to uniform policies in the actor's loss, with a quicker 
 [DOP]'s loss; on 3m fewer teams get stuck in a way that loses than with an entropy bonus, and 2s3z is won
 later; averaging that loss over steps, as here, or over agents too, as in the official code, matters
 little; an average of the latest actors falls back less often in evaluations than the latest one."""
-HOW = """Trials on seeds 201 to 205 (one of MMM on another); sets with fewer were cut off when the choice
+HOW = """Trials, all without chase, on seeds 201 to 205 (one of MMM on another); sets with fewer were cut off when the choice
 had been made, so the choice rests on few seeds. The chosen settings are shown by [fig3's
 sets](../fig3/README.md), whose seeds no trial had used but for seed 1 of MMM, on 8m as a map that no trial
 had used. Average: its share of the old (`--averaging`) was chosen among 0.95, 0.98 and 0.99 on seeds 201
@@ -107,25 +108,27 @@ def scale_table(maps):
 def main(argv=None):
     no_arguments(__doc__, argv)
     reports, fig3, maps = load_sets("default"), load_sets("fig3"), {}
-    for report in reports.values():
-        maps.setdefault(report["env"], {})[label(report)] = report
+    for name, report in reports.items():
+        maps.setdefault(task_of(name, report), {})[label(report)] = report
     names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus", "dop_3m", "dop_2s3z")
-    wanted = ("bonus_0.05_rate_1e-3_3m", "bonus_0.05_rate_1e-3_2s3z")
+    names = [name + common.NO_CHASE for name in names]
+    wanted = [f"bonus_0.05_rate_1e-3_{name}{common.NO_CHASE}" for name in ("3m", "2s3z")]
     needed = (*wanted, "average_mmm")
     if missing := [x for x in names if x not in fig3] + [x for x in needed if x not in reports]:
         sys.exit(f"default.py: docs/results has no {', '.join(missing)} yet")
     trials = [reports[name] for name in wanted]
     chosen, bonus, former, bonus_3m, *own = (fig3[name] for name in names)
-    maps.setdefault("mmm", {}).update({label(report): report for report in (chosen, bonus, former)})
+    rest = {label(report): report for report in (chosen, bonus, former)}
+    maps.setdefault(task_of(names[0], chosen), {}).update(rest)
     if not list(rivals(maps)):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
-    averaged = [x for name, x in reports.items() if name.startswith("average_")]
-    pairs = {x["env"]: (x, fig3[f"dop_{x['env']}"]) for x in averaged}
+    averaged = {task_of(name, x): x for name, x in reports.items() if name.startswith("average_")}
+    pairs = {task: (x, fig3[set_on("dop", task)]) for task, x in sorted(averaged.items())}
     falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
     on_3m, with_bonus, tried = (reached(x)[0].split(" (")[0] for x in (own[0], bonus_3m, trials[0]))
     on_2s3z, trial_2s3z = (reached(x)[1] for x in (own[1], trials[1]))
-    text = f"""Half of the seeds reach a greedy win rate of {TARGET:g} on MMM by {reached(chosen)[1]} steps
+    text = f"""Without chase half of the seeds reach a greedy win rate of {TARGET:g} on MMM by {reached(chosen)[1]} steps
     with the default, {reached(bonus)[1]} with an entropy bonus instead, {reached(former)[1]} with neither; on
     3m {on_3m} seeds reach it, {with_bonus} with the bonus (and {tried} trial seeds); on 2s3z half by
     {on_2s3z} steps, {trial_2s3z} with the bonus (trial seeds). A run with the mean over steps is better than
@@ -133,12 +136,15 @@ def main(argv=None):
     the exploring one (with the bonus). All this is of the latest actor. After a seed's first evaluation of
     {TARGET:g} or more, this many of its later ones are below, average of actors (latest actor):
     {"; ".join(falls)}."""
-    parts = [READ, "## Scale of the actor's loss", table, "## Average of actors"]
+    parts = [READ, "## Average of actors"]
     curves = {name: {"average of actors": new, "latest actor": old} for name, (new, old) in pairs.items()}
-    draw_panels(curves, common.RESULTS / "default" / "average.png", "eval/win_rate")
-    parts += ["![average of actors and latest actor](average.png)"]
+    without = {task: curves.pop(task) for task in list(curves) if set_on("", task).endswith(common.NO_CHASE)}
+    for end, panels in (("", curves), (common.NO_CHASE, without)):
+        draw_panels(panels, common.RESULTS / "default" / f"average{end}.png", "eval/win_rate")
+        parts.append(f"![average of actors and latest actor](average{end}.png)")
     parts += [AVERAGE.format(target=TARGET), average_table(pairs)]
-    for name, sets in maps.items():
+    parts += ["## Scale of the actor's loss", table]
+    for name, sets in sorted(maps.items()):
         parts += [f"## {name}", table_of(dict(sorted(sets.items())))]
     parts += ["## How to read", HOW, LEGEND, "Written by `python benchmark/default.py`."]
     write_page("default", "DOP's default settings", CLAIM, text, *parts, sources("default", reports))

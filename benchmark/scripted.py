@@ -41,7 +41,7 @@ GAME = {"2s3z": 0.90, "3s5z": 0.42, "10m_vs_11m": 0.12} | dict.fromkeys(
 RULES = [*GAME, "3s_vs_3z", "2m_vs_1z"]
 NO_OP, STOP, FIRST_MOVE, FIRST_TARGET = 0, 1, 2, 6
 MOVES = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])  # north, south, east, west
-CHASE = ",chase=true"
+WITHOUT = ",chase=false"
 SIDES = ("enemy", "ally")
 SIGHT = 9.0  # tiles
 TOO_NEAR, SLANT = 3.0, 0.25  # of kite: tiles, and how far it turns right; of a coarse search on its maps
@@ -202,13 +202,13 @@ def rules_section(report):
     rows = []
     for name in dict.fromkeys(x["map"].split(",")[0] for x in report["results"]):
         game = f"{GAME[name]:.2f}" if name in GAME else "-"
-        cells = (rates[name + rule, team] for team in ("closest", "kite") for rule in ("", CHASE))
+        cells = (rates[name + rule, team] for team in ("closest", "kite") for rule in ("", WITHOUT))
         rows.append([name, game, *cells])
-    header = ["map", "closest in the game", "closest", "closest, chase", "kite", "kite, chase"]
+    header = "map, closest in the game, closest, closest without chase, kite, kite without chase".split(", ")
     return f"""## Whom an enemy goes for
 
 Win rates over {report["games"]} games. **closest**: {CLOSEST}; the game's are of the appendix of Rashid et
-al., JMLR 2020, as a public repository quotes them. **chase**: the maps with `,chase=true`
+al., JMLR 2020, as a public repository quotes them. Without chase: the maps with `,chase=false`
 ([rules](../../envs.md#rules-of-the-simulator)).
 
 {markdown_table(header, rows)}
@@ -353,7 +353,7 @@ def main(argv=None):
         about |= {"engine": ENGINE, "games": args.games}
         maps, teams = args.maps, args.teams
         if args.rules:
-            maps, teams = [name + rule for name in RULES for rule in ("", CHASE)], ["closest", "kite"]
+            maps, teams = [name + rule for name in RULES for rule in ("", WITHOUT)], ["closest", "kite"]
         try:
             results = battles(maps, teams, args.games, args.seed)
         except ValueError as error:  # of a map or a number of games

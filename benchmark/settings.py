@@ -2,8 +2,8 @@
 
     python benchmark/settings.py
 
-Reads the sets <setting>_<algorithm>_<task>.json there that run_seeds.py wrote, and of fig3 and fig4 the sets
-of the same algorithm and task with its default settings.
+Reads the sets <setting>_<algorithm>_<task>.json there that run_seeds.py wrote (..._no_chase.json of battles
+without chase), and of fig3 and fig4 the sets of the same algorithm and task with its default settings.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import common, saturation
-from benchmark.common import load, load_sets, no_arguments, sources, write_page
+from benchmark.common import load, load_sets, no_arguments, set_on, sources, task_of, write_page
 from benchmark.plot import draw_panels
 from benchmark.smac import LEGEND, READ, TAGS, TARGET, length, reached, table_of
 
@@ -32,7 +32,7 @@ HOW = """A figure's curve of one seed has no band. The defaults are sets of [fig
 def defaults(task):
     """{algorithm: report} of the default settings on a task, where there is a set."""
     fig3, fig4 = load_sets("fig3"), load_sets("fig4")
-    found = {name: fig3.get(f"{name}_{task}") for name in ("dop", "coma", "qmix")}
+    found = {name: fig3.get(set_on(name, task)) for name in ("dop", "coma", "qmix")}
     found |= {"maac": fig4.get(f"maac_{task}"), "dop_deterministic": fig4.get(f"dop_{task}")}
     return {name: report for name, report in found.items() if report}
 
@@ -42,10 +42,11 @@ def main(argv=None):
     reports, tasks = load_sets("settings"), {}
     for name, report in reports.items():
         setting, _, rest = name.partition("_")
-        algorithm = rest.removesuffix(f"_{report['env']}")
+        task = task_of(name, report)
+        algorithm = rest.removesuffix(set_on("", task))
         if setting not in SETTINGS or algorithm not in ALGORITHMS:
             sys.exit(f"settings.py: docs/results/settings/{name}.json is no <setting>_<algorithm>_<task>")
-        tasks.setdefault(report["env"], {}).setdefault(algorithm, {})[setting] = report
+        tasks.setdefault(task, {}).setdefault(algorithm, {})[setting] = report
     if not tasks:
         sys.exit("settings.py: docs/results/settings has no <setting>_<algorithm>_<task>.json yet")
     panels, tables, told = {}, [], []

@@ -3,7 +3,8 @@
     python benchmark/smac.py
 
 Reads the files <method>_<map>.json there that run_seeds.py wrote, of any number of seeds and steps, and
-<method>_<map>_long.json and _chase.json, which are compared apart. Other files get a row in a last table.
+<method>_<map>_long.json, which are compared apart, as are both of battles without chase, ..._no_chase.json.
+Other files get a row in a last table.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.1.
 """
 
@@ -28,10 +29,10 @@ METHODS = {
     "dop_sampled": "undecomposed backup",
 }
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
-# by the end of a set's name
-SECTIONS = {"": "Short runs", "_chase": "Short runs with chase", "_long": "Long runs"}
-CHASE = """On maps with `,chase=true`: enemies go after whoever hurt them, and after their target, before they
-look for the nearest, which is [nearer to the game](../../envs.md#how-far-is-the-simulator)."""
+SECTIONS = {"": "Short runs", "_long": "Long runs"}  # by the end of a set's name
+SECTIONS |= {f"{end}{common.NO_CHASE}": f"{title} without chase" for end, title in SECTIONS.items()}
+WITHOUT = """Of an earlier rule, which `--env MAP,chase=false` still plays: an enemy whose target is out of
+reach turns to the nearest, which is [farther from the game](../../envs.md#how-far-is-the-simulator)."""
 TARGET = 0.9
 READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
@@ -204,7 +205,7 @@ def profiled(maps):
 
 def section(suffix, title, maps):
     """Figures, the table across maps and a table per map of the sets whose names end alike."""
-    parts = [f"## {title}"] + ([CHASE] if suffix == "_chase" else [])
+    parts = [f"## {title}"] + [WITHOUT] * suffix.endswith(common.NO_CHASE)
     for kind, tag in TAGS.items():
         panels = {
             name: {x: y for x, y in sets.items() if scores(y, kind, np.inf)} for name, sets in maps.items()
@@ -220,7 +221,8 @@ def section(suffix, title, maps):
         parts.append(f"{maps_of}, of each method's first seeds, as many as it has on each of these:")
         parts.append(f"![performance profile](profile{suffix}.png)")
     for name, reports in maps.items():
-        parts += [f"### {name}{suffix.replace('_', ', ')}", table_of(reports)]
+        heading = name + suffix.replace(common.NO_CHASE, ", without chase").replace("_", ", ")
+        parts += [f"### {heading}", table_of(reports)]
     return parts
 
 
@@ -233,7 +235,8 @@ def main(argv=None):
         for method, label in METHODS.items():
             for name, report in reports.items():
                 played, _, rule = report["env"].partition(",")
-                fits = report["engine"] == ENGINE and bool(rule) == (suffix == "_chase")
+                rules = ("", f"chase={'false' if suffix.endswith(common.NO_CHASE) else 'true'}")
+                fits = report["engine"] == ENGINE and rule in rules
                 if fits and name == f"{method}_{played}{suffix}":
                     maps.setdefault(played, {})[label] = others.pop(name)
         if maps:

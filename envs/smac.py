@@ -370,7 +370,7 @@ class Smac(VecEnv):
     kept = ("units", "actions", "episode_return", "episode_length", "picture")  # likewise, of `_games`
     external = False  # in a subclass whose battles are played elsewhere: it fills `units` before the kernels
 
-    def __init__(self, map_name, num_envs, device, seed, validate=True, chase=False):
+    def __init__(self, map_name, num_envs, device, seed, validate=True, chase=True):
         device = torch.device(device)
         self._wp_device = start_warp(device)
         self.sim = BattleSim(map_name, self._wp_device, chase)

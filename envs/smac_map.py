@@ -30,7 +30,7 @@ class BattleSim:
     of the units' types, `walkable` (32, 32) [x, y], `battle` the map's entry in smac_maps.json.
     """
 
-    def __init__(self, map_name, device="cpu", chase=False):
+    def __init__(self, map_name, device="cpu", chase=True):
         battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
         stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
         n = self.n_agents = battle["n_agents"]

@@ -190,9 +190,9 @@ def obey(w: World, u: Game, i: int, action: int):
 # ---- phase 1: decide ----
 @wp.func
 def acquire(w: World, u: Game, i: int):
-    """Whom enemy i goes for: its target while the weapon reaches it, else the nearest that it notices, else
-    whoever hurt it, else whoever hurt a comrade nearby; with `chase`, before the nearest, whoever hurt it,
-    else its target as long as that lives."""
+    """Whom enemy i goes for: its target while the weapon reaches it, else whoever hurt it, else its target as
+    long as that lives, else the nearest that it notices, else whoever hurt a comrade nearby. Without `chase`
+    a target out of reach is forgotten, and the nearest comes before whoever hurt it."""
     if gap_to_victim(w, u, i, u[i].target) <= w.kind[i].reach:
         return u[i].target
     if w.chase:

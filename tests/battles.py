@@ -123,8 +123,8 @@ class Battles:
         self._world.pair = wp.array(pairs, dtype=Pair, device=self._world.kind.device)
         return self
 
-    def chasing(self):
-        self._world.chase = True
+    def without_chase(self):
+        self._world.chase = False
         return self
 
     def layers(self):
@@ -188,8 +188,8 @@ class Staged(Real):
         return home((self._obs, self._state, self._avail_actions))
 
 
-def make(name, num_envs=1, seed=0, cls=Real):
-    arguments = {known.lower(): entry for known, entry in envs._REGISTRY.items()}[name.lower()][2]
+def make(name, num_envs=1, seed=0, cls=Real, **rules):
+    arguments = {known.lower(): entry for known, entry in envs._REGISTRY.items()}[name.lower()][2] | rules
     return cls(num_envs=num_envs, device=DEVICE, seed=seed, **arguments)
 
 

@@ -1,4 +1,5 @@
-"""The engine against recorded battles of all 23 maps, from its predecessor in torch (data/README.md)."""
+"""The engine against recorded battles of all 23 maps, from its predecessor in torch (data/README.md), whose
+enemies did not chase."""
 
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def read(sim, units):
 def test_recorded_transitions(name):
     data = np.load(DATA / f"{name}.npz")
     count = len(data["before"])
-    env = make(name, num_envs=count)
+    env = make(name, num_envs=count, chase=False)
     first = env.reset()[0], env.state(), env.avail_actions()
     for now, key in zip(first, ("first_obs", "first_state", "first_avail_actions"), strict=True):
         recorded = torch.tensor(data[key])  # of one battle

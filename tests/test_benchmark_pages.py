@@ -101,20 +101,23 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     write_set(fig3, "dop_mmm", smac_run(0.0, 1.0, exploring=0.5), env="mmm")
     write_set(fig3, "coma_mmm", smac_run(0.0, 0.5, exploring=0.5), env="mmm", engine="another")
     write_set(fig3, "dop_mmm_paper", smac_run(0.0, 0.125, exploring=0.0), env="mmm")
-    write_set(fig3, "dop_mmm_chase", smac_run(0.0, 0.25, exploring=0.0), env="mmm,chase=true")
-    write_set(fig3, "dop_8m", smac_run(0.0, 0.25, exploring=0.0), env="8m,chase=true")
+    write_set(fig3, "dop_mmm_no_chase", smac_run(0.0, 0.25, exploring=0.0), env="mmm,chase=false")
+    write_set(fig3, "dop_3m", smac_run(0.0, 1.0, exploring=0.0), env="3m,chase=true")
+    write_set(fig3, "dop_8m", smac_run(0.0, 0.25, exploring=0.0), env="8m,chase=false")
     smac.main([])
     text = (fig3 / "README.md").read_text()
-    heads = ("## Short runs\n", "### mmm\n", "## Short runs with chase", "### mmm, chase\n", "## Long runs\n")
-    order = [text.index(head) for head in (*heads, "### mmm, long\n", "## Other sets")]
+    heads = ("## Short runs\n", "### 3m\n", "### mmm\n", "## Long runs\n", "### mmm, long\n")
+    heads += ("## Short runs without chase", "### mmm, without chase\n", "## Other sets")
+    order = [text.index(head) for head in heads]
     assert order == sorted(order)
-    short, _, chase, _, long, _, others = order
-    assert "| DOP | 1 | 1.00 | 0.50 |" in text[short:chase] and "### 8m" not in text[short:long]
-    assert "| dop_8m (8m,chase=true, " in text[others:]
+    short, _, _, long, _, without, _, others = order
+    assert "| DOP | 1 | 1.00 | 0.50 |" in text[short:long] and "### 8m" not in text[short:long]
+    assert "| DOP | 1 | 0.25 | 0.00 |" in text[without:others]
+    assert "| dop_8m (8m,chase=false, " in text[others:]
     assert "QMIX" not in text[short:long] and "_long" not in text[short:long]
-    assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[long:]
+    assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[long:without]
     assert "Long runs (2,000 steps): DOP is better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:short]
-    assert "Short runs: too few for a comparison (mmm)" in text[:short]
+    assert "Short runs: too few for a comparison (3m, mmm)" in text[:short]
     assert "| coma_mmm (mmm, another) | 1 | 0.50 |" in text[others:]
     assert f"| dop_mmm_paper (mmm, {common.ENGINE}) | 1 | 0.12 | 0.00 |" in text[others:]
     for name in ("profile_long", "greedy_long", "exploring_long", "greedy", "exploring"):

@@ -597,19 +597,24 @@ def test_enemy_takes_the_nearest_and_keeps_it_while_its_weapon_reaches():
     units = change(units, "x", 0, 13.0)  # nearer now, but the old target is still in reach (5.75)
     units = play(sim, units, 20, hold=True)
     assert int(units.target[0, 3]) == 1 and float(units.hp[0, 0]) == 45
-    units = play(sim, change(units, "x", 1, 9.2), 1, hold=True)  # out of reach: the nearest again
-    assert int(units.target[0, 3]) == 0
+    far = change(units, "x", 1, 9.2)  # out of reach: it goes after it
+    assert int(play(sim, far, 1).target[0, 3]) == 1
+    assert int(play(Battles("3m").without_chase(), far, 1).target[0, 3]) == 0  # the nearest again
 
 
-def test_enemy_in_melee_turns_to_the_nearest_while_it_chases():
-    sim, units = scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))
-    assert int(play(sim, units, 1).target[0, 2]) == 0
+def test_without_chase_an_enemy_in_melee_turns_to_the_nearest():
+    sim, units = (
+        Battles("2m_vs_1z").without_chase(),
+        scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))[1],
+    )
+    units = play(sim, units, 1)
+    assert int(units.target[0, 2]) == 0
     assert int(play(sim, change(units, "x", 1, 15.0), 1).target[0, 2]) == 1
 
 
-def test_with_chase_an_enemy_goes_after_whoever_hurt_it_then_after_its_target():
+def test_an_enemy_goes_after_whoever_hurt_it_then_after_its_target():
     sim, units = scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))
-    sim, units = Battles("2m_vs_1z").chasing(), play(sim, units, 1)
+    units = play(sim, units, 1)
     assert int(units.target[0, 2]) == 0
     units = change(units, "x", 1, 15.0)  # nearer than agent 0, but no target and no attacker
     assert int(play(sim, units, 1).target[0, 2]) == 0
@@ -621,11 +626,11 @@ def test_with_chase_an_enemy_goes_after_whoever_hurt_it_then_after_its_target():
     near = change(change(units, "y", 0, 14.2), "attacker", 2, 1)  # its weapon reaches agent 0
     assert int(play(sim, near, 1).target[0, 2]) == 0
     neither = change(change(units, "hp", 0, 0.0), "x", 1, 16.0)
-    assert int(play(sim, neither, 1).target[0, 2]) == 1  # the nearest, as without
+    assert int(play(sim, neither, 1).target[0, 2]) == 1  # the nearest
 
 
 def test_chase_is_an_argument_of_the_id():
-    for words, chase in (("", False), (",chase=true", True)):
+    for words, chase in (("", True), (",chase=false", False)):
         assert envs.make(f"3m{words}", device=DEVICE).sim.world.chase is chase
 
 
@@ -640,9 +645,9 @@ def test_enemy_answers_whoever_hurt_it_from_beyond_its_scan_range():
     assert float(after.x[0, 10]) < 17 and float(after.hp[0, 0]) < 125  # it came and shot
 
 
-def test_enemy_prefers_the_near_one_to_the_far_attacker_and_forgets_the_dead():
+def test_without_chase_an_enemy_prefers_the_near_one_to_the_far_attacker_and_forgets_the_dead():
     sim, units = scene("MMM", u0=(10, 16), u2=(12, 16), u10=(16.9, 16))
-    units = change(units, "attacker", 10, 0)
+    sim, units = Battles("MMM").without_chase(), change(units, "attacker", 10, 0)
     assert int(play(sim, units, 1).target[0, 10]) == 2
     units = change(units, "hp", 2, 0.0)
     assert int(play(sim, units, 1).target[0, 10]) == 0
@@ -766,7 +771,7 @@ def test_flyers_pass_over_the_ground_and_colossi_over_zerglings():
 
 def test_a_standing_foe_is_not_moved_by_a_walking_foe():
     sim, units = scene("3m", u0=(10, 16), u3=(11, 16, {"cooldown": NEVER}))
-    for _ in range(10):
+    for _ in range(5):  # beyond its reach it would go after it
         units = play(sim, order(sim, units, u0=4), 8)
         assert units.x[0, 3] == 11 and units.y[0, 3] == 16
         assert separation(units, 0, 3) > 0.5
