@@ -24,8 +24,8 @@ CLAIM = """Ours: a pull to uniform policies in the actor's loss, with a quicker 
 [DOP]'s loss; on 3m fewer teams get stuck in a way that loses than with an entropy bonus, and 2s3z is won
 later; averaging that loss over steps, as here, or over agents too, as in the official code, matters
 little; an average of the latest actors falls back less often in evaluations than the latest one."""
-HOW = """Trials, all without chase, on seeds 201 to 205 (one of MMM on another); sets with fewer were cut off when the choice
-had been made, so the choice rests on few seeds. The chosen settings are shown by [fig3's
+HOW = """Trials, all without chase, on seeds 201 to 205 (one of MMM on another); sets with fewer were cut
+off when the choice had been made, so the choice rests on few seeds. The chosen settings are shown by [fig3's
 sets](../fig3/README.md), whose seeds no trial had used but for seed 1 of MMM, on 8m as a map that no trial
 had used. Average: its share of the old (`--averaging`) was chosen among 0.95, 0.98 and 0.99 on seeds 201
 and 202 of 3m, 2s3z and MMM, in trials that were not kept; the table's seeds are others. Pull: the weight of
@@ -128,14 +128,14 @@ def main(argv=None):
     falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
     on_3m, with_bonus, tried = (reached(x)[0].split(" (")[0] for x in (own[0], bonus_3m, trials[0]))
     on_2s3z, trial_2s3z = (reached(x)[1] for x in (own[1], trials[1]))
-    text = f"""Without chase half of the seeds reach a greedy win rate of {TARGET:g} on MMM by {reached(chosen)[1]} steps
-    with the default, {reached(bonus)[1]} with an entropy bonus instead, {reached(former)[1]} with neither; on
-    3m {on_3m} seeds reach it, {with_bonus} with the bonus (and {tried} trial seeds); on 2s3z half by
-    {on_2s3z} steps, {trial_2s3z} with the bonus (trial seeds). A run with the mean over steps is better than
-    one with the mean over steps and agents with probability {greedy} by the greedy win rate, {exploring} by
-    the exploring one (with the bonus). All this is of the latest actor. After a seed's first evaluation of
-    {TARGET:g} or more, this many of its later ones are below, average of actors (latest actor):
-    {"; ".join(falls)}."""
+    text = f"""After a seed's first evaluation of {TARGET:g} or more, this many of its later ones are below,
+    average of actors (latest actor): {"; ".join(falls)}. All else is of the latest actor, without chase. Half
+    of the seeds reach a greedy win rate of {TARGET:g} on MMM by {reached(chosen)[1]} steps with the default,
+    {reached(bonus)[1]} with an entropy bonus instead, {reached(former)[1]} with neither; on 3m {on_3m} seeds
+    reach it, {with_bonus} with the bonus (and {tried} trial seeds); on 2s3z half by {on_2s3z} steps,
+    {trial_2s3z} with the bonus (trial seeds). A run with the mean over steps is better than one with the mean
+    over steps and agents with probability {greedy} by the greedy win rate, {exploring} by the exploring one
+    (with the bonus)."""
     parts = [READ, "## Average of actors"]
     curves = {name: {"average of actors": new, "latest actor": old} for name, (new, old) in pairs.items()}
     without = {task: curves.pop(task) for task in list(curves) if set_on("", task).endswith(common.NO_CHASE)}
