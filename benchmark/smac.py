@@ -58,31 +58,30 @@ battles are those of this repository's embedded simulator, not StarCraft II.
 LATEST = """Every method is evaluated by its latest network: DOP too (`--averaging 0`, as it was when its sets
 were made). Its default plays an [average of actors](../default/README.md#average-of-actors), which does not
 change the training and jumps less."""
-PUBLISHED = """| map | QMIX, PyMARL | COMA, PyMARL | QMIX, Yu et al. | MATWM, 50,000 steps |
-| --- | --- | --- | --- | --- |
-| MMM | 1 | 0.1 | - | 0.07 |
-| 3s5z | 1 | 0 | 0.88 | - |
-| 3m | - | - | 0.97 | 0.83 |
-| 8m | - | - | - | 0.67 |
-| 2s3z | - | - | 0.95 | 0.80 |
-| 10m_vs_11m | - | - | 0.95 | - |
-| so_many_baneling | - | - | - | 0.86 |
-| 2m_vs_1z | - | - | - | 0.98 |
-| 2s_vs_1sc | - | - | 0.97 | 0.96 |
-| 3s_vs_3z | - | - | - | 0.87 |
+PUBLISHED = """| map | IQL, PyMARL | QMIX, PyMARL | COMA, PyMARL | QMIX, Yu et al. | MATWM, 50,000 steps |
+| --- | --- | --- | --- | --- | --- |
+| MMM | - | 1 | 0.1 | - | 0.07 |
+| 3s5z | 0.10 | 0.97 | 0 | 0.88 | - |
+| 1c3s5z | 0.21 | 0.97 | - | - | - |
+| 3m | - | - | - | 0.97 | 0.83 |
+| 8m | - | - | - | - | 0.67 |
+| 2s3z | 0.75 | 0.99 | - | 0.95 | 0.80 |
+| 10m_vs_11m | 0.34 | 0.97 | - | 0.95 | - |
+| so_many_baneling | - | - | - | - | 0.86 |
+| 2m_vs_1z | - | - | - | - | 0.98 |
+| 2s_vs_1sc | 1 | 1 | - | 0.97 | 0.96 |
+| 3s_vs_3z | - | - | - | - | 0.87 |
+| 2c_vs_64zg | 0.07 | 0.58 | - | - | - |
 
-Win rates in StarCraft II. PyMARL: after 2,000,000 steps, as
-[DI-engine](https://github.com/opendilab/DI-engine/blob/main/dizoo/smac/README.md) reports them, without seeds
-and intervals. Yu et al. ([arXiv 2103.01955](https://arxiv.org/abs/2103.01955)): medians. MATWM
+Win rates in StarCraft II. PyMARL: of its authors, after 2,000,000 steps, without seeds and intervals, as
+[SAC-QMIX](https://github.com/FlickerNiko/SAC-QMIX) quotes them; MMM, and COMA, as
+[DI-engine](https://github.com/opendilab/DI-engine/blob/main/dizoo/smac/README.md) does. Yu et al.
+([arXiv 2103.01955](https://arxiv.org/abs/2103.01955)): medians. MATWM
 ([arXiv 2506.18537](https://arxiv.org/abs/2506.18537), Table 2): medians of a method that learns a model of
 the game. The last two as public repositories quote them; we had no access to the papers.
 
-So this simulator is not the game, and seems harder in places: on 2m_vs_1z, 2s_vs_1sc and 3s_vs_3z a method
-wins the game within 50,000 steps, and none of ours wins here within 150,000 or 200,000; MMM is won sooner
-here. A part of it is whom an enemy goes for (runs with chase, above); which other of
-[our rules](../../envs.md#rules-of-the-simulator) make these maps harder is not known. By the default rule,
-too, a [scripted team](../scripted/README.md) that gives way while it shoots wins 3s_vs_3z always and 2m_vs_1z
-at times."""
+So this simulator is not the game: 3s_vs_3z and, most of all, 2s_vs_1sc seem harder here, and MMM easier.
+[What is known of why](../../envs.md#how-far-is-the-simulator)."""
 
 
 # ---- scores ----

@@ -126,6 +126,12 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
         assert f"({name}.png)" in text
 
 
+def test_sets_without_chase_are_told_by_their_names():
+    for env, name, task in (("3m", "dop_3m", "3m"), ("3m,chase=true", "dop_3m", "3m"),
+                            ("3m,chase=false", "dop_3m_no_chase", "3m, without chase")):  # fmt: skip
+        assert common.task_of(name, {"env": env}) == task and common.set_on("dop", task) == name
+
+
 def test_profiles_need_maps_that_all_have():
     def of(*values):
         runs = [{"curves": {"eval/win_rate": {"step": [10], "value": [x]}}} for x in values]
