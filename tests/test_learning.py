@@ -32,9 +32,12 @@ def test_masql_finds_the_better_optimum_and_maddpg_the_other(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dop_stochastic.py", "coma.py", "qmix.py"])
-def test_learns_to_win_3m(name, tmp_path):
-    out = output(f"{name} --env 3m --total-timesteps 200000 --eval-every 10000", tmp_path)
+@pytest.mark.parametrize(
+    "command", ["dop_stochastic.py --env 3m", "coma.py --env mmm --total-timesteps 300000", "qmix.py --env 3m"]
+)
+def test_learns_to_win(command, tmp_path):
+    name, flags = command.split(maxsplit=1)
+    out = output(f"{name} --total-timesteps 200000 --eval-every 10000 {flags}", tmp_path)
     win_rates = [float(x) for x in re.findall(r"win_rate (\d\.\d+)", out)]
     assert max(win_rates) >= 0.9  # random and idle teams never win
 
