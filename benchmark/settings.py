@@ -56,8 +56,6 @@ def main(argv=None):
             label = ALGORITHMS[algorithm]
             found = {f"{label}, {setting}": sets[setting] for setting in SETTINGS if setting in sets}
             for name, report in found.items():
-                if name.endswith("default"):
-                    continue
                 seeds, median = reached(report)
                 after = f", after {median} steps" if median != "-" else ""
                 after += " in the median" if after and len(report["runs"]) > 1 else ""

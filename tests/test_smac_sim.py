@@ -603,10 +603,8 @@ def test_enemy_takes_the_nearest_and_keeps_it_while_its_weapon_reaches():
 
 
 def test_without_chase_an_enemy_in_melee_turns_to_the_nearest():
-    sim, units = (
-        Battles("2m_vs_1z").without_chase(),
-        scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))[1],
-    )
+    _, units = scene("2m_vs_1z", u0=(13, 12), u1=(17, 15), u2=(13, 15))
+    sim = Battles("2m_vs_1z").without_chase()
     units = play(sim, units, 1)
     assert int(units.target[0, 2]) == 0
     assert int(play(sim, change(units, "x", 1, 15.0), 1).target[0, 2]) == 1
