@@ -594,8 +594,8 @@ def test_the_transfer_sheet_tells_equal_from_different(run, game, tmp_path, caps
     values = {x["measure"]: x["sc2"] for x in sheet["results"] if x["team"] == "nearest"}
     assert values["length"] > 5 and 45 <= values["damage to enemy marines"] <= 3 * 45 + 1
     assert 1 <= values["hits on enemy marines"] <= 3 * values["length"]
-    game(LIFE=55)
-    fidelity.main([*words, "--teams", "nearest"])
+    game(LIFE=200)
+    fidelity.main([*words, "--rounds", "30", "--teams", "nearest"])
     assert "| nearest | return |" in capsys.readouterr().out
     sheet = json.loads((tmp_path / "sheet.json").read_text())
     assert "measures differ by more than 3" in sheet["verdict"]
