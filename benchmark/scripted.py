@@ -41,7 +41,7 @@ GAME = {"2s3z": 0.90, "3s5z": 0.42, "10m_vs_11m": 0.12} | dict.fromkeys(
 RULES = [*GAME, "3s_vs_3z", "2m_vs_1z"]
 NO_OP, STOP, FIRST_MOVE, FIRST_TARGET = 0, 1, 2, 6
 MOVES = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])  # north, south, east, west
-WITHOUT = ",chase=false"
+RULES_OF = {"": "", ",chase=false": " without chase", ",ladder=true": " with the ladder's weapons"}
 SIDES = ("enemy", "ally")
 SIGHT = 9.0  # tiles
 TOO_NEAR, SLANT = 3.0, 0.25  # of kite: tiles, and how far it turns right; of a coarse search on its maps
@@ -202,14 +202,16 @@ def rules_section(report):
     rows = []
     for name in dict.fromkeys(x["map"].split(",")[0] for x in report["results"]):
         game = f"{GAME[name]:.2f}" if name in GAME else "-"
-        cells = (rates[name + rule, team] for team in ("closest", "kite") for rule in ("", WITHOUT))
-        rows.append([name, game, *cells])
-    header = "map, closest in the game, closest, closest without chase, kite, kite without chase".split(", ")
-    return f"""## Whom an enemy goes for
+        rows.append(
+            [name, game, *(rates[name + rule, team] for team in ("closest", "kite") for rule in RULES_OF)]
+        )
+    header = ["map", "closest in the game"]
+    header += [team + words for team in ("closest", "kite") for words in RULES_OF.values()]
+    return f"""## SMAC's own team
 
 Win rates over {report["games"]} games. **closest**: {CLOSEST}; the game's are of the appendix of Rashid et
-al., JMLR 2020, as a public repository quotes them. Without chase: the maps with `,chase=false`
-([rules](../../envs.md#rules-of-the-simulator)).
+al., JMLR 2020, as a public repository quotes them. Without chase: the maps with `,chase=false`; with the
+ladder's weapons: with `,ladder=true` ([rules](../../envs.md#rules-of-the-simulator)).
 
 {markdown_table(header, rows)}
 {describe(report)}
@@ -338,7 +340,7 @@ def main(argv=None):
     parser.add_argument("--maps", nargs="+", default=MAPS, help="SMAC maps")
     parser.add_argument("--teams", nargs="+", default=list(TEAMS), choices=TEAMS, help="scripted teams")
     parser.add_argument("--games", type=int, default=512, help="parallel games of each")
-    parser.add_argument("--rules", action="store_true", help="SMAC's own team, and kite, by both rules")
+    parser.add_argument("--rules", action="store_true", help="SMAC's own team, and kite, by all rules")
     parser.add_argument("--particles", action="store_true", help="aggregation and mill instead of SMAC maps")
     parser.add_argument("--episodes", type=int, default=2_000_000, help="of a random team on these two")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
@@ -353,7 +355,7 @@ def main(argv=None):
         about |= {"engine": ENGINE, "games": args.games}
         maps, teams = args.maps, args.teams
         if args.rules:
-            maps, teams = [name + rule for name in RULES for rule in ("", WITHOUT)], ["closest", "kite"]
+            maps, teams = [name + rule for name in RULES for rule in RULES_OF], ["closest", "kite"]
         try:
             results = battles(maps, teams, args.games, args.seed)
         except ValueError as error:  # of a map or a number of games

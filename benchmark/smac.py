@@ -3,12 +3,14 @@
     python benchmark/smac.py
 
 Reads the files <method>_<map>.json there that run_seeds.py wrote, of any number of seeds and steps, and
-<method>_<map>_long.json, which are compared apart, as are both of battles without chase, ..._no_chase.json.
+<method>_<map>_long.json, which are compared apart, as are those of battles without chase,
+..._no_chase.json, and with the ladder's weapons, ..._ladder.json.
 Other files get a row in a last table.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021, section 5.1.
 """
 
 import bisect
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -29,10 +31,17 @@ METHODS = {
     "dop_sampled": "undecomposed backup",
 }
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
-SECTIONS = {"": "Short runs", "_long": "Long runs"}  # by the end of a set's name
-SECTIONS |= {f"{end}{common.NO_CHASE}": f"{title} without chase" for end, title in SECTIONS.items()}
 WITHOUT = """Of an earlier rule, which `--env MAP,chase=false` still plays: an enemy whose target is out of
 reach turns to the nearest, which is [farther from the game](../../envs.md#how-far-is-the-simulator)."""
+LADDER = """`--env MAP,ladder=true`: stalkers, colossi and crawlers have the multiplayer ladder's weapons,
+which the maps do not name and the game [may use nevertheless](../../envs.md#how-far-is-the-simulator)."""
+# by the end of a set's name: rule of its id, words of its headings, what its section begins with
+RULES = {
+    "": ("chase=true", "", []),
+    common.NO_CHASE: ("chase=false", " without chase", [WITHOUT]),
+    "_ladder": ("ladder=true", " with the ladder's weapons", [LADDER]),
+}
+LENGTHS = {"": ("Short runs", ""), "_long": ("Long runs", ", long")}
 TARGET = 0.9
 READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
@@ -207,9 +216,9 @@ def profiled(maps):
     return runs, shared
 
 
-def section(suffix, title, maps):
-    """Figures, the table across maps and a table per map of the sets whose names end alike."""
-    parts = [f"## {title}"] + [WITHOUT] * suffix.endswith(common.NO_CHASE)
+def section(suffix, title, begin, words, maps):
+    """Figures, the table across maps and a table per map of the sets whose names end with `suffix`."""
+    parts = [f"## {title}", *begin]
     for kind, tag in TAGS.items():
         panels = {
             name: {x: y for x, y in sets.items() if scores(y, kind, np.inf)} for name, sets in maps.items()
@@ -225,8 +234,7 @@ def section(suffix, title, maps):
         parts.append(f"{maps_of}, of each method's first seeds, as many as it has on each of these:")
         parts.append(f"![performance profile](profile{suffix}.png)")
     for name, reports in maps.items():
-        heading = name + suffix.replace(common.NO_CHASE, ", without chase").replace("_", ", ")
-        parts += [f"### {heading}", table_of(reports)]
+        parts += [f"### {name}{words}", table_of(reports)]
     return parts
 
 
@@ -247,20 +255,19 @@ def main(argv=None):
     no_arguments(__doc__, argv)
     reports, parts, answers = load_sets("fig3"), [], []
     others, here = dict(reports), {}
-    for suffix, title in SECTIONS.items():
-        maps = {}
+    for (end, (rule, by, begin)), (long, (title, run)) in itertools.product(RULES.items(), LENGTHS.items()):
+        suffix, maps = f"{long}{end}", {}
         for method, label in METHODS.items():
             for name, report in reports.items():
-                played, _, rule = report["env"].partition(",")
-                rules = ("", f"chase={'false' if suffix.endswith(common.NO_CHASE) else 'true'}")
-                fits = report["engine"] == ENGINE and rule in rules
+                played, _, found = report["env"].partition(",")
+                fits = report["engine"] == ENGINE and found in ("", rule)
                 if fits and name == f"{method}_{played}{suffix}":
                     maps.setdefault(played, {})[label] = others.pop(name)
         if maps:
             maps = dict(sorted(maps.items()))
             here[suffix] = maps
-            parts += section(suffix, title, maps)
-            answers.append(answer(title, maps))
+            parts += section(suffix, title + by, begin, run + f",{by}" * bool(by), maps)
+            answers.append(answer(title + by, maps))
     if not parts:
         sys.exit("smac.py: docs/results/fig3 has no <method>_<map>.json yet")
     text = (

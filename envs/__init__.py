@@ -30,7 +30,14 @@ _REGISTRY |= {
     "aggregation_hard": ("envs.mpe", "Aggregation", {"radius": 0.5}),
     "mill": ("envs.mpe", "Mill", {}),
 }
-_NO_OPTIONS = {"num_envs", "device", "seed", "map_name", "path"}  # make() has its own, the others are the id
+_NO_OPTIONS = {
+    "num_envs",
+    "device",
+    "seed",
+    "validate",
+    "map_name",
+    "path",
+}  # make() has its own, the others are the id
 
 
 def list_ids():
@@ -44,11 +51,13 @@ def settings_for(env_id):
     return dict(num_envs=8, eval_episodes=16) if clients else {}
 
 
-def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, **kwargs) -> VecEnv:
+def make(
+    env_id, num_envs=1, device="cpu", seed=0, validate=True, actions=None, render=False, **kwargs
+) -> VecEnv:
     """Build a batch of `num_envs` games of `env_id` (case does not matter) on `device`; "auto": cuda if any.
 
-    `actions`: the only kind that the caller can play, "discrete" or "continuous"; `render`: whether pictures
-    will be asked for.
+    `validate`: whether every step checks that its actions are allowed; `actions`: the only kind that the
+    caller can play, "discrete" or "continuous"; `render`: whether pictures will be asked for.
 
     Further keyword arguments go to the environment's class. The id may carry some too, behind commas:
     `make("cdm,n_agents=5,n_actions=4")`; a value is a Python literal (with commas only in brackets), true or
@@ -86,7 +95,7 @@ def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, *
     takes = inspect.signature(cls).parameters
     has = [option for option in takes if option not in _NO_OPTIONS]
     if foreign:  # anything else may be an argument of the module's
-        has += [option for option in options if option not in ("num_envs", "device", "seed", "path")]
+        has += [option for option in options if option not in _NO_OPTIONS]
     if unknown := [option for option in options if option not in has]:
         way = f"; to pass the module's own, write {unknown[0]}_" if foreign else ""
         raise ValueError(
@@ -95,7 +104,7 @@ def make(env_id, num_envs=1, device="cpu", seed=0, actions=None, render=False, *
     for option, value in options.items():  # any word is true to Python, "no" too
         if option in takes and type(takes[option].default) is bool and type(value) is not bool:
             raise ValueError(f"{option} of environment {env_id!r} must be true or false, got {value!r}")
-    env = cls(num_envs=num_envs, device=device, seed=seed, **arguments | options)
+    env = cls(num_envs=num_envs, device=device, seed=seed, validate=validate, **arguments | options)
     kind = "discrete" if env.n_actions else "continuous"
     if actions not in (None, kind):
         raise ValueError(f"{env_id} has {kind} actions; this algorithm needs {actions} ones")

@@ -362,6 +362,7 @@ class Smac(VecEnv):
     """B battles of one SMAC map. `info` adds `battle_won`, `dead_allies` and `dead_enemies`, each (B,).
 
     `chase`: enemies go after whoever hurt them, and after their target, before they look for the nearest.
+    `ladder`: weapons are those of the multiplayer ladder, not of the data that the maps name.
     Raises RuntimeError where Warp cannot use the GPU that torch uses.
     """
 
@@ -370,10 +371,10 @@ class Smac(VecEnv):
     kept = ("units", "actions", "episode_return", "episode_length", "picture")  # likewise, of `_games`
     external = False  # in a subclass whose battles are played elsewhere: it fills `units` before the kernels
 
-    def __init__(self, map_name, num_envs, device, seed, validate=True, chase=True):
+    def __init__(self, map_name, num_envs, device, seed, validate=True, chase=True, ladder=False):
         device = torch.device(device)
         self._wp_device = start_warp(device)
-        self.sim = BattleSim(map_name, self._wp_device, chase)
+        self.sim = BattleSim(map_name, self._wp_device, chase, ladder)
         battle, size = self.sim.battle, self.sim.battle["sizes"]
         self.map_name, self.n_enemies = map_name, battle["n_enemies"]
         self._view = _view(battle, self.sim, self._wp_device)

@@ -1,7 +1,7 @@
 """SMAC's maps in numbers, as the rules of smac_sim.py need them: units, spawn points, walls, ways round them.
 
 Worked out once per map with NumPy, from the data of the game (`smac_units.json`: the Liberty base values that
-the maps load) and of the map archives (`smac_maps.json`); docs/envs.md has the rules.
+the maps load, or the ladder's) and of the map archives (`smac_maps.json`); docs/envs.md has the rules.
 Letters: N agents, U units, agents first; C terrain cells (32 x 32), a cell is x * 32 + y; K walkable ones.
 """
 
@@ -24,15 +24,18 @@ EDGE = 1e-3  # tiles that a unit keeps from the outermost edge
 
 class BattleSim:
     """A map as the rules need it: its `world` on a device, and `fresh` (U,), the units as they begin; `chase`
-    is one of the rules (smac_sim.py, `acquire`).
+    is one of the rules (smac_sim.py, `acquire`), `ladder` takes the weapons of the multiplayer ladder.
 
     `kinds` (U,) and `pairs` (U, U) are structured arrays with the fields of Kind and Pair, `types` the names
     of the units' types, `walkable` (32, 32) [x, y], `battle` the map's entry in smac_maps.json.
     """
 
-    def __init__(self, map_name, device="cpu", chase=True):
+    def __init__(self, map_name, device="cpu", chase=True, ladder=False):
         battle = self.battle = json.loads((_DATA / "smac_maps.json").read_text())["maps"][map_name]
-        stats = json.loads((_DATA / "smac_units.json").read_text())["units"]
+        data = json.loads((_DATA / "smac_units.json").read_text())
+        stats = data["units"]
+        for name, weapon in data["ladder"]["weapons"].items() if ladder else ():
+            stats[name]["weapon"] |= weapon
         n = self.n_agents = battle["n_agents"]
         self.n_enemies, self.n_units = battle["n_enemies"], n + battle["n_enemies"]
         self.walkable = walkable_cells(battle["terrain"])

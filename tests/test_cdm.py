@@ -136,7 +136,7 @@ def test_no_bias_by_default():
 @pytest.mark.parametrize(
     "env_id, sentence",
     [
-        ("cdm,agents=5", "cdm has no argument 'agents'; it has validate, n_agents, n_actions, guided"),
+        ("cdm,agents=5", "cdm has no argument 'agents'; it has n_agents, n_actions, guided"),
         ("cdm,n_agents=0", "n_agents must be a whole number, at least 1, got 0"),
         ("cdm,n_agents=five", "n_agents must be a whole number, at least 1, got 'five'"),
         ("cdm,n_actions=1", "n_actions must be a whole number, at least 2, got 1"),
@@ -147,7 +147,7 @@ def test_no_bias_by_default():
         ("cdm,first_action=1.0", "first_action must be a number from 0 to less than 1, got 1.0"),
         ("cdm,first_action=nan", "first_action must be a number from 0 to less than 1, got 'nan'"),
         ("cdm,n_agents={[1]}", "n_agents must be a whole number, at least 1, got '{\\[1\\]}'"),
-        ("cdm,validate=no", "validate of environment 'cdm,validate=no' must be true or false, got 'no'"),
+        ("3m,chase=no", "chase of environment '3m,chase=no' must be true or false, got 'no'"),
         ("mill,discrete=0", "discrete of environment 'mill,discrete=0' must be true or false, got 0"),
         ("mill,discrete='true'", "discrete of environment .* must be true or false, got 'true'"),
         ("mill,end_on_win=none", "end_on_win of environment .* must be true or false, got 'none'"),
@@ -161,7 +161,7 @@ def test_wrong_arguments_are_one_sentence(env_id, sentence):
 
 @pytest.mark.parametrize("word", ["true", "True", "TRUE", "false", "False", "fAlse"])
 def test_true_and_false_in_any_case_are_booleans(word):
-    assert make(f"cdm,validate={word}").validate is (word.lower() == "true")
+    assert make(f"3m,chase={word}").sim.world.chase is (word.lower() == "true")
     env = make(f"mill,discrete={word}")
     assert isinstance(env.single_action_space, spaces.MultiDiscrete) == (word.lower() == "true")
 

@@ -433,7 +433,5 @@ def test_ids_take_the_arguments_of_programs_and_users():
         assert env.reset()[0].shape == (2, env.n_agents, env.obs_dim)
         assert isinstance(make(f"{env_id},discrete=True").single_action_space, spaces.MultiDiscrete)
     assert make("aggregation_hard")._radius == 0.5 and make("aggregation,radius=0.4")._radius == 0.4
-    with pytest.raises(
-        ValueError, match="mill has no argument 'omega'; it has validate, discrete, n_agents,"
-    ):
+    with pytest.raises(ValueError, match="mill has no argument 'omega'; it has discrete, n_agents,"):
         make("mill,omega=3")

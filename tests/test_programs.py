@@ -519,7 +519,7 @@ MISTAKES = {  # what comes behind which flags
         "--env mill": "mill has continuous actions; this algorithm needs discrete ones",
     },
     ("maddpg",): {
-        "--env quadratic,hight=1": "quadratic has no argument 'hight'; it has validate,",
+        "--env quadratic,hight=1": "quadratic has no argument 'hight'; it has episode_limit,",
         "--env aggregations": "did you mean aggregation",
         "--noise-sigma -1": "--noise-sigma must be at least 0",
         "--noise-theta 1.5": "--noise-theta must be from 0 to 1",

@@ -130,8 +130,8 @@ def test_arguments_in_the_id():
     assert env.episode_limit == 2 and env.single_action_space.high.tolist() == [[6.0], [6.0]]
     assert env.reward(joint((5, 5))).tolist() == [8.0]
     assert make("quadratic,c=8", c=9).reward(joint((5, 5))).tolist() == [9.0]  # a keyword wins
-    assert make("quadratic,validate=False").validate is False
-    assert make("3m,validate=False").map_name == "3m"
+    assert make("quadratic", validate=False).validate is False
+    assert make("3m,chase=False").map_name == "3m"
 
 
 def test_actions_of_another_precision_are_refused():
@@ -148,9 +148,13 @@ def test_actions_of_another_precision_are_refused():
         ("quadratic,", "argument '' of environment"),
         ("quadratic,=8", "argument '=8' of environment"),
         ("quadratic,c=", "argument 'c=' of environment"),
-        ("quadratic,d=8", "quadratic has no argument 'd'; it has validate, episode_limit, bound, h1, .*, c$"),
-        ("quadratic,num_envs=8", "quadratic has no argument 'num_envs'; it has validate"),
-        ("3M,map_name=8m", "3m has no argument 'map_name'; it has validate"),
+        ("quadratic,d=8", "quadratic has no argument 'd'; it has episode_limit, bound, h1, .*, c$"),
+        ("quadratic,num_envs=8", "quadratic has no argument 'num_envs'; it has episode_limit"),
+        ("3M,map_name=8m", "3m has no argument 'map_name'; it has chase, ladder$"),
+        (
+            "3m,validate=false",
+            "3m has no argument 'validate'; it has chase, ladder$",
+        ),  # of make(), not of ids
         ("quadratic,c=high", "c must be a number from -1e.06 to 1e.06, got 'high'"),
         ("quadratic,x1=1e999", "x1 must be a number from -1e.06 to 1e.06, got inf"),
         ("quadratic,x1=True", "x1 must be a number from -1e.06 to 1e.06, got True"),

@@ -632,6 +632,24 @@ def test_chase_is_an_argument_of_the_id():
         assert envs.make(f"3m{words}", device=DEVICE).sim.world.chase is chase
 
 
+def test_ladder_weapons_by_hand():
+    # 13 + 5 a shot against armour and shields, every 1.34 s of 22.4 loops; 2 x 15 of the colossus for zealots
+    sim = envs.make("1c3s5z,ladder=true", device=DEVICE).sim
+    stalker, zealot, colossus = (sim.types.index(name) for name in ("stalker", "zealot", "colossus"))
+    foe = {name: sim.n_agents + sim.types[sim.n_agents :].index(name) for name in ("stalker", "zealot")}
+    assert sim.pairs["raw_damage"][stalker, foe["stalker"]] == 18
+    assert sim.pairs["raw_damage"][stalker, foe["zealot"]] == 13
+    assert sim.pairs["raw_damage"][colossus, foe["zealot"]] == 15
+    assert sim.pairs["raw_damage"][colossus, foe["stalker"]] == 10
+    assert sim.kinds["reach"][colossus] == 7
+    assert sim.kinds["period"][[stalker, colossus]] == pytest.approx([30.016, 23.968])
+    crawler = envs.make("2s_vs_1sc,ladder=true", device=DEVICE).sim
+    assert crawler.kinds["period"][2] == pytest.approx(29.568)
+    usual = envs.make("1c3s5z", device=DEVICE).sim  # and the others are as ever
+    assert usual.pairs["raw_damage"][stalker, foe["stalker"]] == 14
+    assert (usual.kinds[zealot] == sim.kinds[zealot]).all()
+
+
 def test_enemy_answers_whoever_hurt_it_from_beyond_its_scan_range():
     # a marauder shoots 6 + 0.5625 + 0.375 = 6.9375 far; a marine notices at 5.75
     sim, units = scene("MMM", u0=(10, 16), u10=(16.9, 16))
