@@ -64,9 +64,12 @@ def summarise(curves, start, metric, target):
 
 def collect(args):
     """Write the JSON and the CSV file of all finished seeds; returns the former, or None if none is."""
-    runs, settings = [], {}
+    about, runs, settings = args.published, [], args.published.get("settings", {})
     for seed in args.seeds:
         folder = args.runs / args.name / f"seed_{seed}"
+        if not (folder / "done.json").exists() and seed in args.kept:
+            runs.append({"cpu": args.published["hardware"]["cpu"]} | args.kept[seed])
+            continue
         if not (folder / "done.json").exists():
             args.failed.setdefault(seed, "not finished")
             continue
@@ -81,7 +84,7 @@ def collect(args):
         runs.append({
             "seed": seed, "wall_seconds": about["wall_seconds"], "started": about["started"],
             "commit": about["commit"], "dirty": about["dirty"], "restarts": about["restarts"],
-            "peak_memory_mib": about["peak_memory_mib"],
+            "peak_memory_mib": about["peak_memory_mib"], "cpu": about["hardware"]["cpu"],
             "summary": summarise(curves, about["start"], args.metric, args.target),
             "curves": {t: {"step": s, "value": [float(f"{x:.5g}") for x in v]} for t, (s, v) in kept.items()},
         })  # fmt: skip
@@ -106,11 +109,13 @@ def collect(args):
     smac = json.loads((ROOT / "envs" / "smac_maps.json").read_text())["maps"]
     env = settings.get("env", "")
     engine = ENGINE if env.lower().split(",")[0] in {x.lower() for x in smac} else None
+    failed = args.published.get("failed", {}) if args.kept else {}
+    failed |= {str(seed): why for seed, why in args.failed.items()}
     report = {
         "name": args.name, "command": about["command"], "env": env.lower(), "engine": engine,
         "commit": about["commit"], "dirty": any(run["dirty"] for run in runs), "date": today(),
         "hardware": about["hardware"], "workers": about["workers"], "seeds": [run["seed"] for run in runs],
-        "failed": {str(seed): code for seed, code in args.failed.items()},
+        "failed": {seed: why for seed, why in failed.items() if int(seed) not in {x["seed"] for x in runs}},
         "metric": args.metric, "target": args.target,
         "summary": overall, "settings": settings, "runs": runs,
     }  # fmt: skip

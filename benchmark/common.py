@@ -101,7 +101,9 @@ def sources(folder, reports):
         threads = x["hardware"]["threads"]
         words += f" --threads {threads}" * (threads != 1) + f" --workers {x['workers']} -- {x['command']}"
         commits = ", ".join(sorted({(run["commit"] or "unknown")[:10] for run in x["runs"]}))
-        hardware = ", ".join(f"{key} {value}" for key, value in x["hardware"].items())
+        cpus = sorted({run.get("cpu", x["hardware"]["cpu"]) for run in x["runs"]})  # some sets were extended
+        hardware = x["hardware"] | {"cpu": " and ".join(cpus)}
+        hardware = ", ".join(f"{key} {value}" for key, value in hardware.items())
         items.append(f"- `{words}`: commit {commits}, {x['date']}; {hardware}")
     return "\n".join(items)
 

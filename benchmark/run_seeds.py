@@ -7,7 +7,7 @@ folder runs/<name>/seed_<n> with log.txt, the run folder of the command and, onc
 done.json. A seed with done.json is not run again; one that was interrupted, or lost its machine, goes on from
 its latest checkpoint; anything else in its place is set aside as seed_<n>.old_<k>, never deleted. Then the
 curves go to docs/results/<name>.json, and a line per seed to <name>.csv. Nothing is run where these hold
-another command, or seeds that --seeds leaves out.
+another command, or seeds that --seeds leaves out; --extend keeps their seeds, whose run folders may be gone.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def parse_args(argv=None):
     add("--tags", nargs="+", default=TAGS, help="tags to collect, with wildcards")
     add("--runs", type=Path, default=ROOT / "runs", help="where the runs' folder is")
     add("--results", type=Path, default=RESULTS, help="where the result files go")
+    add("--extend", action="store_true", help="keep the seeds that the result files have, run further ones")
     add("--collect-only", action="store_true", help="run nothing, collect what is finished")
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -107,6 +108,10 @@ def sets_of(args):
         one.cell, one.failed = cell, {}
         one.name += "".join(f"_{flag}_{value}" for flag, value in cell)
         one.command = args.command + [x for f, v in cell for x in (f"--{f.replace('_', '-')}", v)]
+        path = args.results / f"{one.name}.json"
+        one.published = json.loads(path.read_text()) if path.exists() else {}
+        one.kept = {run["seed"]: run for run in one.published.get("runs", [])} if args.extend else {}
+        one.seeds = sorted({*args.seeds, *one.kept})
         yield one
 
 
@@ -202,15 +207,18 @@ def start_ray(args):
 def unfinished(args):
     """The seeds that are left to run; exits where the name has another command or more seeds."""
     folder, published = args.runs / args.name, args.results / f"{args.name}.json"
-    files = [(seed, folder / f"seed_{seed}" / "done.json") for seed in args.seeds] + [(None, published)]
+    files = [(seed, folder / f"seed_{seed}" / "done.json") for seed in args.seeds]
     done = {seed: (path, json.loads(path.read_text())) for seed, path in files if path.exists()}
-    for path, about in done.values():
+    old = args.published
+    for path, about in [*done.values(), *([(published, old)] if old else [])]:
         if about.get("command") != shlex.join(args.command):
             machine.fail(f"{path} is of {about.get('command')!r}; take another --name or delete the file")
-    _, old = done.pop(None, (None, {}))
+    if args.kept and (old["metric"], old["target"]) != (args.metric, args.target):
+        machine.fail(f"{published} is about --metric {old['metric']} --target {old['target']:g}")
     if left_out := [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]:
         more = f"{published} has more seeds than --seeds asks for ({', '.join(left_out)})"
         machine.fail(f"{more}; ask for them too, take another --name or delete the file")
+    done = {seed: (published, run) for seed, run in args.kept.items()} | done
     print(f"{args.name}: {len(done)} of {len(args.seeds)} seeds are already finished", flush=True)
     now, hashes = commit()["commit"], {seed: about["commit"] for seed, (_, about) in done.items()}
     elsewhere = [f"seed {seed} ({(x or 'unknown')[:10]})" for seed, x in hashes.items() if x != now]

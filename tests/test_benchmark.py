@@ -256,6 +256,29 @@ def test_published_results_are_not_replaced(bench, capfd):
         bench("1-3")
 
 
+def test_published_results_are_extended(bench, capfd):
+    """Seeds of a result file whose run folders are gone are kept as they are, beside new ones."""
+    assert bench("2") == 0
+    file, clone = bench.tmp_path / "results" / "x.json", ["--runs", str(bench.tmp_path / "clone"), "--extend"]
+    old = json.loads(file.read_text())
+    old["hardware"]["cpu"] = old["runs"][0]["cpu"] = "another"
+    file.write_text(json.dumps(old | {"failed": {"3": 1, "4": 1}}))
+    with pytest.raises(SystemExit, match="x.json is about --metric eval/win_rate --target 0.9"):
+        bench("1", *clone, "--target", "0.5")
+    with pytest.raises(SystemExit, match="take another --name"):
+        bench("1", *clone, extra=["--scale", "1"])
+    assert bench("1,3", *clone) == 0
+    assert "1 of 3 seeds are already finished" in capfd.readouterr().out
+    new = json.loads(file.read_text())
+    assert new["seeds"] == [1, 2, 3] and new["runs"][1] == old["runs"][0] and new["failed"] == {"4": 1}
+    assert f"cpu {' and '.join(sorted({'another', new['hardware']['cpu']}))}" in common.sources(
+        "", {"x": new}
+    )
+    assert bench("1", *clone) == 0  # nothing is left to run, also where all folders are gone
+    assert bench("2", "--runs", str(bench.tmp_path / "third"), "--extend") == 0
+    assert json.loads(file.read_text()) | {"date": 0} == new | {"date": 0}
+
+
 def test_seeds_of_another_commit_are_named(bench, monkeypatch, capfd):
     assert bench("1-2") == 0 and bench("1-2") == 0
     assert "another commit" not in capfd.readouterr().out
