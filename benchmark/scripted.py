@@ -5,9 +5,10 @@
     python benchmark/scripted.py --rules
     python benchmark/scripted.py --particles
 
-They see what learning agents see: masks and observations; but for `closest`, which knows where all enemies
-are. A result is over the first episode of every parallel game, so that short episodes do not count more
-often. Writes docs/results/scripted/battles.json, rules.json or particles.json; report.py writes the page.
+They see what learning agents see: masks and observations; but for `closest` and `rest`, which know where
+all enemies are. A result is over the first episode of every parallel game, so that short episodes do not
+count more often. Writes docs/results/scripted/battles.json, rules.json or particles.json; report.py writes
+the page.
 """
 
 import json
@@ -34,10 +35,13 @@ TEAMS = {
     "kite": "as weakest, but walks away from an enemy that is nearer than 3, aslant by a quarter",
 }
 # SMAC's own team without learning, and its win rate in StarCraft II
+REST = """as closest, but whoever has lost its shield walks out of reach until nine tenths of it are back, as
+long as the enemies have 100 of life left"""
 CLOSEST = "an attack on the closest enemy, however far, until it is dead (`heuristic_ai` of SMAC)"
 GAME = {"2s3z": 0.90, "3s5z": 0.42, "10m_vs_11m": 0.12} | dict.fromkeys(
     ("5m_vs_6m", "2s_vs_1sc", "3s_vs_5z", "6h_vs_8z", "corridor", "27m_vs_30m"), 0.0
 )
+TEAMS_OF_RULES = ["closest", "kite", "rest"]
 RULES = [*GAME, "3s_vs_3z", "2m_vs_1z"]
 NO_OP, STOP, FIRST_MOVE, FIRST_TARGET = 0, 1, 2, 6
 MOVES = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])  # north, south, east, west
@@ -45,6 +49,7 @@ RULES_OF = {"": "", ",chase=false": " without chase", ",ladder=true": " with the
 SIDES = ("enemy", "ally")
 SIGHT = 9.0  # tiles
 TOO_NEAR, SLANT = 3.0, 0.25  # of kite: tiles, and how far it turns right; of a coarse search on its maps
+FAR, RESTED, LAST = 10.5, 0.9, 100.0  # of rest: tiles, share of the shield, life and shields of all enemies
 RADII = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of aggregation
 PARALLEL = 50_000  # games of a particle task
 
@@ -137,21 +142,39 @@ def closest(env, target):
     return torch.where(alive[:, :n], FIRST_TARGET + target, NO_OP), target
 
 
+def rest(env, resting):
+    """Actions (B, N) of the team that rests, and who does (B, N), 1 or not, for the next; at first -1."""
+    n, units = env.n_agents, env.units
+    actions, target = closest(env, torch.full_like(resting, -1))
+    place = torch.stack([units.x, units.y], -1)  # (B, U, 2)
+    away = place[:, :n] - place[:, n:].gather(1, target[..., None].expand(-1, -1, 2))  # (B, N, 2)
+    shield, full = units.shield[:, :n], torch.tensor(env.sim.kinds["shield_max"][:n])
+    resting = torch.where(resting == 1, shield < RESTED * full, (shield <= 0) & (full > 0))
+    resting = resting & ((units.hp + units.shield)[:, n:].sum(1, keepdim=True) >= LAST)
+    can_move = env.avail_actions()[..., FIRST_MOVE:FIRST_TARGET]  # (B, N, 4)
+    move = FIRST_MOVE + (away @ MOVES.T).masked_fill(~can_move, -float("inf")).argmax(-1)
+    move = torch.where((away.norm(dim=-1) < FAR) & can_move.any(-1), move, STOP)
+    return torch.where(resting & (units.hp[:, :n] > 0), move, actions), resting.long()
+
+
+KNOWING = {"closest": closest, "rest": rest}  # teams that know where all enemies are
+
+
 def play(map_name, team, games, seed):
     """Win rate, return, length and share of timeouts over the first episode of each game."""
-    env = make(map_name, num_envs=games, seed=seed, validate=team != "closest")  # it ignores the mask
-    layout, target = Layout(map_name.split(",")[0]), torch.full((games, env.n_agents), -1)
+    env = make(map_name, num_envs=games, seed=seed, validate=team not in KNOWING)  # these ignore the mask
+    layout, memory = Layout(map_name.split(",")[0]), torch.full((games, env.n_agents), -1)
     generator = torch.Generator().manual_seed(seed)
     obs, _ = env.reset(seed=seed)
     running = torch.ones(games, dtype=torch.bool)
     won, total, length, timeout = (torch.zeros(games) for _ in range(4))
     while running.any():
-        if team == "closest":
-            actions, target = closest(env, target)
+        if team in KNOWING:
+            actions, memory = KNOWING[team](env, memory)
         else:
             actions = actions_of(team, obs, env.avail_actions(), layout, generator)
         obs, _, terminated, truncated, info = env.step(actions)
-        target = target.where(~(terminated | truncated)[:, None], -1)
+        memory = memory.where(~(terminated | truncated)[:, None], -1)
         ended = running & (terminated | truncated)
         won[ended] = info["battle_won"][ended].float()
         total[ended], length[ended] = info["episode_return"][ended], info["episode_length"][ended].float()
@@ -202,16 +225,15 @@ def rules_section(report):
     rows = []
     for name in dict.fromkeys(x["map"].split(",")[0] for x in report["results"]):
         game = f"{GAME[name]:.2f}" if name in GAME else "-"
-        rows.append(
-            [name, game, *(rates[name + rule, team] for team in ("closest", "kite") for rule in RULES_OF)]
-        )
+        rows.append([name, game, *(rates[name + rule, team] for team in TEAMS_OF_RULES for rule in RULES_OF)])
     header = ["map", "closest in the game"]
-    header += [team + words for team in ("closest", "kite") for words in RULES_OF.values()]
+    header += [team + words for team in TEAMS_OF_RULES for words in RULES_OF.values()]
     return f"""## SMAC's own team
 
 Win rates over {report["games"]} games. **closest**: {CLOSEST}; the game's are of the appendix of Rashid et
-al., JMLR 2020, as a public repository quotes them. Without chase: the maps with `,chase=false`; with the
-ladder's weapons: with `,ladder=true` ([rules](../../envs.md#rules-of-the-simulator)).
+al., JMLR 2020, as a public repository quotes them. **kite**: as above. **rest**: {REST}.
+Without chase: the maps with `,chase=false`; with the ladder's weapons: with `,ladder=true`
+([rules](../../envs.md#rules-of-the-simulator)).
 
 {markdown_table(header, rows)}
 {describe(report)}
@@ -340,7 +362,7 @@ def main(argv=None):
     parser.add_argument("--maps", nargs="+", default=MAPS, help="SMAC maps")
     parser.add_argument("--teams", nargs="+", default=list(TEAMS), choices=TEAMS, help="scripted teams")
     parser.add_argument("--games", type=int, default=512, help="parallel games of each")
-    parser.add_argument("--rules", action="store_true", help="SMAC's own team, and kite, by all rules")
+    parser.add_argument("--rules", action="store_true", help="SMAC's own team, kite and rest, by all rules")
     parser.add_argument("--particles", action="store_true", help="aggregation and mill instead of SMAC maps")
     parser.add_argument("--episodes", type=int, default=2_000_000, help="of a random team on these two")
     parser.add_argument("--seed", type=int, default=1, help="seed of the games and of random actions")
@@ -355,7 +377,7 @@ def main(argv=None):
         about |= {"engine": ENGINE, "games": args.games}
         maps, teams = args.maps, args.teams
         if args.rules:
-            maps, teams = [name + rule for name in RULES for rule in RULES_OF], ["closest", "kite"]
+            maps, teams = [name + rule for name in RULES for rule in RULES_OF], TEAMS_OF_RULES
         try:
             results = battles(maps, teams, args.games, args.seed)
         except ValueError as error:  # of a map or a number of games

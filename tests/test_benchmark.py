@@ -559,6 +559,12 @@ def test_scripted_writes_its_files(tmp_path, monkeypatch, capsys):
     assert "| 3m | 0.00 / 0.0 / 2" in scripted.battles_section(report)
 
 
+def test_a_team_that_rests_wins_where_shooting_on_the_spot_loses(monkeypatch):
+    assert scripted.play("2s_vs_1sc", "rest", 4, 1)["win_rate"] >= 0.75
+    monkeypatch.setattr(scripted, "RESTED", 0.0)  # back at once
+    assert scripted.play("2s_vs_1sc", "rest", 4, 1)["win_rate"] == 0.0
+
+
 # ---- speed: only that the scripts run and write what they say ----
 def test_throughput_writes_its_file(tmp_path, capsys):
     throughput.main(
