@@ -42,7 +42,7 @@ RULES = {
     "_ladder": ("ladder=true", " with the ladder's weapons", [LADDER]),
 }
 LENGTHS = {"": ("Short runs", ""), "_long": ("Long runs", ", long")}
-TARGET = 0.9
+TARGET, GAP = 0.9, 0.05  # of a greedy win rate: when a map counts as won, when a run wins more than another
 READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
 replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
@@ -157,45 +157,56 @@ def columns(reports, kind, limits):
 
 # ---- parts of a section ----
 def duels(maps):
-    """DOP against each other method on the maps of both: (label, number of maps, {kind: columns}, steps)."""
+    """DOP against each other method on the maps of both: (label, their names, {kind: columns}, steps)."""
     for label in list(METHODS.values())[1:]:
-        pairs = [(x["DOP"], x[label]) for x in maps.values() if "DOP" in x and label in x]
+        pairs = {name: (x["DOP"], x[label]) for name, x in maps.items() if "DOP" in x and label in x}
         if pairs:
-            limits = [min(map(length, pair)) for pair in pairs]
-            ours, theirs = zip(*pairs, strict=True)
+            limits = [min(map(length, pair)) for pair in pairs.values()]
+            ours, theirs = zip(*pairs.values(), strict=True)
             both = {kind: (columns(ours, kind, limits), columns(theirs, kind, limits)) for kind in TAGS}
-            if max(len(seeds) for x in both["greedy"] for seeds in x) > 1:  # single runs tell no probability
-                yield label, len(pairs), both, limits
+            yield label, list(pairs), both, limits
+
+
+def single(both):
+    """Whether there is no more than one run per map and method, which tells no probability."""
+    return max(len(seeds) for x in both["greedy"] for seeds in x) == 1
 
 
 def duel_table(maps):
     """A row per method that DOP is compared with."""
     rows = []
-    for label, count, both, limits in duels(maps):
+    for label, names, both, limits in duels(maps):
+        if single(both):
+            continue
         counts = [sorted({len(x) for x in maps}) for maps in both["greedy"]]
         seeds = " and ".join(f"{x[0]} to {x[-1]}" if x[1:] else f"{x[0]}" for x in counts)
         cells = [between(iqm, x) for x in both["greedy"]]
         cells += [between(improvement, *both[kind]) for kind in TAGS]
-        rows.append([label, count, f"{min(limits):,} to {max(limits):,}", seeds, *cells])
+        rows.append([label, len(names), f"{min(limits):,} to {max(limits):,}", seeds, *cells])
     head = ["DOP against", "maps", "steps", "seeds", "DOP, greedy", "the other, greedy"]
     return markdown_table([*head, "P(DOP is better), greedy", "P, exploring"], rows) if rows else ""
 
 
 def answer(title, maps):
     """What the duels say, in words."""
-    said, steps = {"better than": [], "worse than": [], "not told apart from": []}, set()
-    for label, count, both, limits in duels(maps):
+    said, steps, runs = {"better than": [], "worse than": [], "not told apart from": []}, set(), []
+    for label, names, both, limits in duels(maps):
+        count = f"{len(names)} map{'s' * (len(names) > 1)}"
+        if single(both):
+            ours, theirs = map(np.concatenate, both["greedy"])
+            more, less = (np.array(names)[gap > GAP] for gap in (ours - theirs, theirs - ours))
+            words = f"{', '.join(more) or 'none'} and less on {', '.join(less) or 'none'}"
+            runs.append(f"{title}: one run of DOP wins more than one of {label} on {words}, of {count}")
+            continue
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
         word = "better than" if low > 0.5 else "worse than" if high < 0.5 else "not told apart from"
-        said[word].append(
-            f"{label} ({between(improvement, *both['greedy'])}, {count} map{'s' * (count > 1)})"
-        )
+        said[word].append(f"{label} ({between(improvement, *both['greedy'])}, {count})")
     if not steps:
-        return f"{title}: too few for a comparison ({', '.join(maps)})"
+        return ". ".join(runs) or f"{title}: too few for a comparison ({', '.join(maps)})"
     words = "; ".join(f"{word} {', '.join(labels)}" for word, labels in said.items() if labels)
     lengths = " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
-    return f"{title} ({lengths} steps): DOP is {words}"
+    return ". ".join([f"{title} ({lengths} steps): DOP is {words}", *runs])
 
 
 def profiled(maps):
