@@ -42,7 +42,7 @@ RULES = {
     "_ladder": ("ladder=true", " with the ladder's weapons", [LADDER]),
 }
 LENGTHS = {"": ("Short runs", ""), "_long": ("Long runs", ", long")}
-TARGET, GAP = 0.9, 0.05  # of a greedy win rate: when a map counts as won, when a run wins more than another
+TARGET, GAP = 0.9, 0.05  # of a greedy win rate: a map is won, a run wins more than another
 READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
 replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
@@ -196,7 +196,9 @@ def answer(title, maps):
             ours, theirs = map(np.concatenate, both["greedy"])
             more, less = (np.array(names)[gap > GAP] for gap in (ours - theirs, theirs - ours))
             words = f"{', '.join(more) or 'none'} and less on {', '.join(less) or 'none'}"
-            runs.append(f"{title}: one run of DOP wins more than one of {label} on {words}, of {count}")
+            runs.append(
+                f"{title}: one run of DOP wins {GAP:g} more than one of {label} on {words}, of {count}"
+            )
             continue
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
@@ -277,8 +279,10 @@ def main(argv=None):
         if maps:
             maps = dict(sorted(maps.items()))
             here[suffix] = maps
+            said = answer(title + by, maps)
+            answers += [said] * (not end)
+            begin = begin + [f"{said}."] if end else begin
             parts += section(suffix, title + by, begin, run + f",{by}" * bool(by), maps)
-            answers.append(answer(title + by, maps))
     if not parts:
         sys.exit("smac.py: docs/results/fig3 has no <method>_<map>.json yet")
     text = (
