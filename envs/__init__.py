@@ -30,14 +30,7 @@ _REGISTRY |= {
     "aggregation_hard": ("envs.mpe", "Aggregation", {"radius": 0.5}),
     "mill": ("envs.mpe", "Mill", {}),
 }
-_NO_OPTIONS = {
-    "num_envs",
-    "device",
-    "seed",
-    "validate",
-    "map_name",
-    "path",
-}  # make() has its own, the others are the id
+_OF_MAKE = {"num_envs", "device", "seed", "validate"}  # no options of an id
 
 
 def list_ids():
@@ -93,9 +86,9 @@ def make(
     cls = getattr(importlib.import_module(module), cls)
     options = dict(_parse(pair, env_id) for pair in pairs) | kwargs
     takes = inspect.signature(cls).parameters
-    has = [option for option in takes if option not in _NO_OPTIONS]
+    has = [option for option in takes if option not in _OF_MAKE | {"map_name", "path"}]  # which are the id
     if foreign:  # anything else may be an argument of the module's
-        has += [option for option in options if option not in _NO_OPTIONS]
+        has += [option for option in options if option not in _OF_MAKE | {"path"}]
     if unknown := [option for option in options if option not in has]:
         way = f"; to pass the module's own, write {unknown[0]}_" if foreign else ""
         raise ValueError(
