@@ -275,7 +275,7 @@ def test_clock_by_the_default_of_max_cycles(monkeypatch):
         (f"{TOY},map_name=3", r"parallel_env\(map_name=3\) fails: TypeError: .*'map_name'"),
         (f"{TOY},size=3", r"parallel_env\(size=3\) fails: TypeError: .*'size'"),
         (f"{TOY},seed=3", "has no argument 'seed'; .* to pass the module's own, write seed_$"),
-        (f"{TOY},validate=False", "has no argument 'validate'; .* to pass the module's own, write validate_$"),
+        (f"{TOY},validate=0", "has no argument 'validate'; .* to pass the module's own, write validate_$"),
         (f"{TOY},team_reward=max", "team_reward must be 'mean' or 'sum', got 'max'"),
         (f"{TOY},processes=0", "processes must be a whole number, at least 1, got 0"),
     ],
