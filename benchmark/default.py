@@ -50,7 +50,8 @@ def label(report):
     pull, bonus, rate, mean = settings(report)
     over = "steps" if mean == "steps" else "steps and agents"
     average = ", average of actors" if report["settings"].get("averaging") else ""
-    return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}{average}"
+    trial = ", trial seeds" if report["seeds"][0] > 200 else ""
+    return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}{average}{trial}"
 
 
 def later(report):
@@ -111,8 +112,7 @@ def main(argv=None):
     no_arguments(__doc__, argv)
     reports, fig3, maps = load_sets("default"), load_sets("fig3"), {}
     for name, report in reports.items():
-        trial = ", trial seeds" * (report["seeds"][0] > 200 and not name.endswith(common.NO_CHASE))
-        maps.setdefault(task_of(name, report), {})[label(report) + trial] = report
+        maps.setdefault(task_of(name, report), {})[label(report)] = report
     names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus", "dop_3m", "dop_2s3z")
     names = [name + common.NO_CHASE for name in names]
     wanted = [f"bonus_0.05_rate_1e-3_{name}{common.NO_CHASE}" for name in ("3m", "2s3z")]

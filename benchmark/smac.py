@@ -195,10 +195,8 @@ def answer(title, maps):
         if single(both):
             ours, theirs = map(np.concatenate, both["greedy"])
             more, less = (np.array(names)[gap > GAP] for gap in (ours - theirs, theirs - ours))
-            words = f"{', '.join(more) or 'none'} and less on {', '.join(less) or 'none'}"
-            runs.append(
-                f"{title}: one run of DOP wins {GAP:g} more than one of {label} on {words}, of {count}"
-            )
+            where = f"{', '.join(more) or 'none'} and less on {', '.join(less) or 'none'}, of {count}"
+            runs.append(f"{title}: one run of DOP wins more (by over {GAP:g}) than one of {label} on {where}")
             continue
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
@@ -280,8 +278,10 @@ def main(argv=None):
             maps = dict(sorted(maps.items()))
             here[suffix] = maps
             said = answer(title + by, maps)
-            answers += [said] * (not end)
-            begin = begin + [f"{said}."] if end else begin
+            if end:
+                begin = [*begin, f"{said}."]
+            else:
+                answers.append(said)
             parts += section(suffix, title + by, begin, run + f",{by}" * bool(by), maps)
     if not parts:
         sys.exit("smac.py: docs/results/fig3 has no <method>_<map>.json yet")

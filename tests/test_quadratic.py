@@ -151,10 +151,8 @@ def test_actions_of_another_precision_are_refused():
         ("quadratic,d=8", "quadratic has no argument 'd'; it has episode_limit, bound, h1, .*, c$"),
         ("quadratic,num_envs=8", "quadratic has no argument 'num_envs'; it has episode_limit"),
         ("3M,map_name=8m", "3m has no argument 'map_name'; it has chase, ladder$"),
-        (
-            "3m,validate=false",
-            "3m has no argument 'validate'; it has chase, ladder$",
-        ),  # of make(), not of ids
+        # of make(), not of ids
+        ("3m,validate=false", "3m has no argument 'validate'; it has chase, ladder$"),
         ("quadratic,c=high", "c must be a number from -1e.06 to 1e.06, got 'high'"),
         ("quadratic,x1=1e999", "x1 must be a number from -1e.06 to 1e.06, got inf"),
         ("quadratic,x1=True", "x1 must be a number from -1e.06 to 1e.06, got True"),
