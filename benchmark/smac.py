@@ -42,7 +42,8 @@ RULES = {
     "_ladder": ("ladder=true", " with the ladder's weapons", [LADDER]),
 }
 LENGTHS = {"": ("Short runs", ""), "_long": ("Long runs", ", long")}
-TARGET, GAP = 0.9, 0.05  # of a greedy win rate: a map is won, a run wins more than another
+TARGET, GAP = 0.9, 0.05  # of a greedy win rate: a map is won, a method wins more than another
+FEW = 2  # runs per map and method, which tell no probability
 READ = "What the columns mean: [how to read](#how-to-read)."
 CLAIM = """The paper, section 5.1: on SMAC's maps stochastic DOP outperforms COMA and QMIX by a wide margin;
 replay and the decomposed tree backup each matter, the undecomposed backup falls behind on-policy DOP as
@@ -167,19 +168,20 @@ def duels(maps):
             yield label, list(pairs), both, limits
 
 
-def single(both):
-    """Whether there is no more than one run per map and method, which tells no probability."""
-    return max(len(seeds) for x in both["greedy"] for seeds in x) == 1
+def counts(both):
+    """The least and the largest number of runs that a map has of either method."""
+    numbers = [len(seeds) for x in both["greedy"] for seeds in x]
+    return min(numbers), max(numbers)
 
 
 def duel_table(maps):
     """A row per method that DOP is compared with."""
     rows = []
     for label, names, both, limits in duels(maps):
-        if single(both):
+        if counts(both)[0] <= FEW:
             continue
-        counts = [sorted({len(x) for x in maps}) for maps in both["greedy"]]
-        seeds = " and ".join(f"{x[0]} to {x[-1]}" if x[1:] else f"{x[0]}" for x in counts)
+        numbers = [sorted({len(x) for x in maps}) for maps in both["greedy"]]
+        seeds = " and ".join(f"{x[0]} to {x[-1]}" if x[1:] else f"{x[0]}" for x in numbers)
         cells = [between(iqm, x) for x in both["greedy"]]
         cells += [between(improvement, *both[kind]) for kind in TAGS]
         rows.append([label, len(names), f"{min(limits):,} to {max(limits):,}", seeds, *cells])
@@ -192,11 +194,13 @@ def answer(title, maps):
     said, steps, runs = {"better than": [], "worse than": [], "not told apart from": []}, set(), []
     for label, names, both, limits in duels(maps):
         count = f"{len(names)} map{'s' * (len(names) > 1)}"
-        if single(both):
-            ours, theirs = map(np.concatenate, both["greedy"])
+        fewest, most = counts(both)
+        if fewest <= FEW:
+            ours, theirs = (np.array([x.mean() for x in side]) for side in both["greedy"])
             more, less = (np.array(names)[gap > GAP] for gap in (ours - theirs, theirs - ours))
             where = f"{', '.join(more) or 'none'} and less on {', '.join(less) or 'none'}, of {count}"
-            runs.append(f"{title}: one run of DOP wins more (by over {GAP:g}) than one of {label} on {where}")
+            each = f"{fewest} to {most} runs" if fewest < most else f"{most} run{'s' * (most > 1)}"
+            runs.append(f"{title}: DOP wins more (by over {GAP:g}) than {label} on {where} ({each} of each)")
             continue
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]

@@ -71,24 +71,25 @@ def test_smac_cuts_curves_to_equal_steps(results, capsys):
     with pytest.raises(SystemExit, match="no <method>_<map>.json"):
         smac.main([])
     fig3, entropy = results / "fig3", {"losses/entropy": ([1500, 2000], [1.0, 0.04])}
-    write_set(fig3, "coma_3m", smac_run(0.5, 0.25, exploring=0.125) | entropy)
-    write_set(fig3, "dop_3m", smac_run(0.95, 0.5, 1.0), smac_run(0.0, 0.25, 0.5), failed={"3": 1})
+    write_set(fig3, "coma_3m", *[smac_run(0.5, 0.25, exploring=0.125) | entropy] * 3)
+    low = smac_run(0.0, 0.25, 0.5)
+    write_set(fig3, "dop_3m", smac_run(0.95, 0.5, 1.0), low, low, failed={"4": 1})
     smac.main([])
     text = (fig3 / "README.md").read_text()
     header = "|  | seeds | greedy at 2,000 steps | exploring | its own end | greedy | exploring | worst |"
     assert header in text
     # at 2000 steps the last fifth is the evaluation at 2000, of the whole run that at 3000
     (line,) = [line for line in text.splitlines() if line.startswith("| DOP |")]
-    half = stats.success_rate([True, False])
+    one = stats.success_rate([True, False, False])
     assert line.startswith(
-        "| DOP | 2 (1 failed) | 0.38 [0.25, 0.50] | - | 3,000 | 0.75 [0.50, 1.00] | - | 0.50 |"
+        "| DOP | 3 (1 failed) | 0.33 [0.25, 0.50] | - | 3,000 | 0.67 [0.50, 1.00] | - | 0.50 |"
     )
-    assert line.endswith(f"| {half} | - | {half} | 12.3 | - | 0 |")  # half of the seeds: no median
-    none = stats.success_rate([False])
-    line = f"| COMA | 1 | 0.25 | 0.12 | 2,000 | 0.25 | 0.12 | 0.25 | {none} | - | {none} | 12.3 | 0.04 | 0 |"
-    assert line in text
-    # one map: P(DOP is better) at the 2000 steps of both: one of two seeds beats COMA, one ties
-    assert "| COMA | 1 | 2,000 to 2,000 | 2 and 1 | 0.38 [0.25, 0.50] | 0.25 | 0.75 " in text
+    assert line.endswith(f"| {one} | - | {one} | 12.3 | - | 0 |")  # less than half of the seeds: no median
+    none, quarter, eighth = stats.success_rate([False] * 3), "0.25 [0.25, 0.25]", "0.12 [0.12, 0.12]"
+    line = f"| COMA | 3 | {quarter} | {eighth} | 2,000 | {quarter} | {eighth} | 0.25 | {none} | - | {none} |"
+    assert f"{line} 12.3 | 0.04 | 0 |" in text
+    # one map: P(DOP is better) at the 2000 steps of both: one of three seeds beats COMA, the others tie
+    assert f"| COMA | 1 | 2,000 to 2,000 | 3 and 3 | 0.33 [0.25, 0.50] | {quarter} | 0.67 " in text
     assert not (fig3 / "profile.png").exists() and (fig3 / "greedy.png").exists()
 
 
@@ -96,7 +97,7 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     fig3 = results / "fig3"
     for name, level in (("mmm", 0.75), ("8m", 0.5)):
         for method, score in (("dop", level), ("qmix", level - 0.25)):
-            runs = [smac_run(0.0, score, exploring=score) for _ in range(2)]
+            runs = [smac_run(0.0, score, exploring=score) for _ in range(3)]
             write_set(fig3, f"{method}_{name}_long", *runs, env=name)
     write_set(fig3, "dop_mmm", smac_run(0.0, 1.0, exploring=0.5), env="mmm")
     write_set(fig3, "coma_mmm", smac_run(0.0, 0.5, exploring=0.5), env="mmm", engine="another")
@@ -115,17 +116,16 @@ def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
     assert "| DOP | 1 | 0.25 | 0.00 |" in text[without:others]
     assert "| dop_8m (8m,chase=false, " in text[others:]
     assert "QMIX" not in text[short:long] and "_long" not in text[short:long]
-    assert "| QMIX | 2 | 2,000 to 2,000 | 2 and 2 | 0.62 [0.62, 0.62] |" in text[long:without]
+    assert "| QMIX | 2 | 2,000 to 2,000 | 3 and 3 | 0.62 [0.62, 0.62] |" in text[long:without]
     assert "Long runs (2,000 steps): DOP is better than QMIX (1.00 [1.00, 1.00], 2 maps)" in text[:short]
     assert "Short runs: too few for a comparison (3m, mmm)" in text[:short]
     for name, score in {"8m": 0.5, "mmm": 0.25, "3m": 0.75}.items():
         for method, level in (("dop", 0.5), ("coma", score)):
-            write_set(fig3, f"{method}_{name}_long", smac_run(0.0, level, exploring=0.5), env=name)
+            runs = [smac_run(0.0, level, exploring=0.5)] * (2 if name == "mmm" else 1)
+            write_set(fig3, f"{method}_{name}_long", *runs, env=name)
     smac.main([])
-    said = (
-        "Long runs: one run of DOP wins more (by over 0.05) than one of COMA on mmm and less on 3m, of 3 maps"
-    )
-    assert said in (fig3 / "README.md").read_text()
+    said = "Long runs: DOP wins more (by over 0.05) than COMA on mmm and less on 3m, of 3 maps"
+    assert f"{said} (1 to 2 runs of each)" in (fig3 / "README.md").read_text()
     assert "| coma_mmm (mmm, another) | 1 | 0.50 |" in text[others:]
     assert f"| dop_mmm_paper (mmm, {common.ENGINE}) | 1 | 0.12 | 0.00 |" in text[others:]
     for name in ("profile_long", "greedy_long", "exploring_long", "greedy", "exploring"):
