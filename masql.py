@@ -353,6 +353,9 @@ if __name__ == "__main__":
     parts = dict(actor=actor, critic=critic, critic_target=critic_target)
     parts |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     parts |= dict(env=env, generator=generator) | (dict(buffer=buffer) if args.save_replay else {})
+    anneal = (args.anneal_start, args.anneal_steps, args.alpha_start, args.alpha_end, args.annealing)
+    if annealed_alpha(args.total_timesteps, *anneal) > 1.1 * args.alpha_end:
+        machine.say("alpha has not fallen yet when this run ends: lower --anneal-start or --anneal-steps")
 
     # ---- loop ----
     progress = dict(global_step=0, iteration=0, train_seconds=0.0, new_steps=0)
@@ -366,7 +369,6 @@ if __name__ == "__main__":
     while global_step < args.total_timesteps and not stop:
         # act, step
         started = time.perf_counter()
-        anneal = (args.anneal_start, args.anneal_steps, args.alpha_start, args.alpha_end, args.annealing)
         alpha = annealed_alpha(global_step, *anneal)
         obs, state, avail_actions = env.obs(), env.state(), env.avail_actions()
         actions, memory = act(actor, obs, avail_actions, memory, generator)

@@ -371,6 +371,7 @@ def test_a_replay_that_was_not_saved_fills_anew_and_the_run_says_so(run, program
 def test_a_run_without_any_update_says_so_at_both_ends(run, program):
     _, out, folder = run("--total-timesteps", "12" if program in EPISODE else "80", "--eval-every", "0")
     assert "this run may end before its first update" in out and "after no updates" in out
+    assert ("alpha has not fallen yet" in out) == (program == "masql")
     _, out, _ = run()
     assert "before its first update" not in out and re.search(r"after \d+ updates", out)
 
