@@ -54,6 +54,11 @@ def label(report):
     return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}{average}{trial}"
 
 
+def with_seeds_of(other, report):
+    """`report` with only those runs whose seeds `other` has too."""
+    return report | {"runs": [run for run in report["runs"] if run["seed"] in other["seeds"]]}
+
+
 def later(report):
     """The evaluations that follow the first of at least TARGET of every run, in one list."""
     found = []
@@ -127,7 +132,7 @@ def main(argv=None):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
     averaged = {task_of(name, x): x for name, x in reports.items() if name.startswith("average_")}
-    pairs = {task: (x, fig3[set_on("dop", task)]) for task, x in sorted(averaged.items())}
+    pairs = {task: (x, with_seeds_of(x, fig3[set_on("dop", task)])) for task, x in sorted(averaged.items())}
     falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
     on_3m, with_bonus, tried = (reached(x)[0].split(" (")[0] for x in (own[0], bonus_3m, trials[0]))
     on_2s3z, trial_2s3z = (reached(x)[1] for x in (own[1], trials[1]))

@@ -59,9 +59,10 @@ Worst: the lowest greedy score of a seed at its end. Reached: seeds with an eval
 end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
 Return: greedy, after 80% of the steps, median of seeds; on SMAC a win is worth about 20, and where nobody
 wins it tells how much damage is done. Entropy: of the policies at the end, median. Minutes: of a run on
-one core, evaluations included, median; the machine's other core was mostly busy too. Battles of a map begin
-alike, so that greedy teams often win nearly all or nearly none; the exploring rate shows the trend. The
-battles are those of this repository's embedded simulator, not StarCraft II.
+one core, evaluations included, median; the machine's other core was mostly busy too. They compare only
+between sets of one processor (below, beside the commands). Battles of a map begin alike, so that greedy teams
+often win nearly all or nearly none; the exploring rate shows the trend. The battles are those of this
+repository's embedded simulator, not StarCraft II.
 
 {NOTE}"""
 
