@@ -42,6 +42,7 @@ def set_up():
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     # on a CPU nothing below 1e-38, where the optimisers' memories of vanished gradients end: it is slow there
     torch.set_flush_denormal(True)
+    sys.excepthook = _uncaught
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -49,6 +50,15 @@ def set_up():
     except KeyboardInterrupt:
         say("stopped before the first step: there is nothing to save")
         fail(130)
+
+
+def _uncaught(kind, error, trace):
+    """An error that ends the program: one sentence where memory ran out, else where it was."""
+    if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        name = Path(sys.argv[0]).name
+        print(f"{name}: out of memory; lower --batch-size, --num-envs or sizes of networks", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def seeds(seed, n):

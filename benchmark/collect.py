@@ -7,9 +7,10 @@ import statistics
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import machine
 from benchmark.common import ENGINE, ROOT, last_fifth, today, write_csv, write_json
 
-PER_RUN = ("seed", "run_dir", "resume")  # not settings of the whole set
+PER_RUN = ("seed", "run_dir", "resume", "exp_name")  # not settings of the whole set, or its name
 MAX_POINTS = 250  # of a curve in the JSON file; longer ones are averaged in groups
 
 
@@ -63,8 +64,13 @@ def summarise(curves, start, metric, target):
 
 
 def collect(args):
-    """Write the JSON and the CSV file of all finished seeds; returns the former, or None if none is."""
+    """Write the JSON and the CSV file of all finished seeds; returns the former, or None if none is.
+
+    Exits, and leaves the files as they are, where seeds that they have would be lost, or kept seeds had other
+    settings than the new ones.
+    """
     about, runs, settings = args.published, [], args.published.get("settings", {})
+    path = args.results / f"{args.name}.json"
     for seed in args.seeds:
         folder = args.runs / args.name / f"seed_{seed}"
         if not (folder / "done.json").exists() and seed in args.kept:
@@ -80,6 +86,10 @@ def collect(args):
             continue
         settings = next((json.loads(path.read_text()) for path in folder.rglob("args.json")), settings)
         settings = {key: value for key, value in settings.items() if key not in PER_RUN}
+        old = args.published["settings"] if args.kept else settings
+        if other := {x for x in settings | old if settings.get(x) != old.get(x)} - {*PER_RUN}:
+            has = f"{folder} has another {', '.join(sorted(other))} than the seeds of {path}"
+            machine.fail(f"{has}; nothing is written")
         kept = {tag: thin(*curve[:2]) for tag, curve in sorted(curves.items())}
         runs.append({
             "seed": seed, "wall_seconds": about["wall_seconds"], "started": about["started"],
@@ -94,6 +104,10 @@ def collect(args):
     if not any(args.metric in run["curves"] for run in runs):
         known = ", ".join(runs[0]["curves"])
         print(f"{args.name}: no run logged {args.metric}, which the summary is about; it has {known}")
+    asked = {*args.seeds} - {run["seed"] for run in runs}
+    if lost := [str(seed) for seed in args.published.get("seeds", []) if seed in asked]:
+        gone = f"{path} has seeds without a finished run folder: {', '.join(lost)}"
+        machine.fail(f"{gone}; nothing is written (--extend keeps them)")
     commits = {(run["commit"], run["dirty"]) for run in runs}
     if len(commits) > 1:
         print(f"{args.name}: the runs come from {len(commits)} states of the code, see `commit` of each run")
@@ -119,7 +133,7 @@ def collect(args):
         "metric": args.metric, "target": args.target,
         "summary": overall, "settings": settings, "runs": runs,
     }  # fmt: skip
-    write_json(args.results / f"{args.name}.json", report)
+    write_json(path, report)
     rows = [{"seed": run["seed"], **run["summary"], "wall_seconds": run["wall_seconds"]} for run in runs]
     write_csv(args.results / f"{args.name}.csv", rows)
     for key, value in overall.items():

@@ -34,9 +34,10 @@ are others. Pull: the weight of KL(uniform, softmax policy) in the loss; bonus: 
 entropy, which was the default before; with neither and a rate of 5e-4 the loss is [DOP]'s, which was the
 default before that."""
 AVERAGE = """By default evaluations, and `play.py`, play an average of the actors of the latest iterations,
-which does not change the training. Beside the latest actor, on the same seeds and evaluated as often; "below
-it later": of the evaluations that follow a seed's first of at least {target:g}, those below {target:g};
-lowest later: of all seeds. P: that a run with the average has the higher greedy score at the end."""
+which does not change the training. Beside the latest actor, in the same runs but for that (seeds that both
+sets have, on one kind of processor) and evaluated as often; "below it later": of the evaluations that follow
+a seed's first of at least {target:g}, those below {target:g}; lowest later: of all seeds. P: that a run with
+the average has the higher greedy score at the end."""
 
 
 def settings(report):
@@ -49,14 +50,21 @@ def label(report):
     """'pull 0.005, bonus 0, rate 0.001, mean over steps'."""
     pull, bonus, rate, mean = settings(report)
     over = "steps" if mean == "steps" else "steps and agents"
-    average = ", average of actors" if report["settings"].get("averaging") else ""
+    share = report["settings"].get("averaging")
+    average = f", average of actors ({share:g})" if share else ""
     trial = ", trial seeds" if report["seeds"][0] > 200 else ""
     return f"pull {pull:g}, bonus {bonus:g}, rate {rate:g}, mean over {over}{average}{trial}"
 
 
-def with_seeds_of(other, report):
-    """`report` with only those runs whose seeds `other` has too."""
-    return report | {"runs": [run for run in report["runs"] if run["seed"] in other["seeds"]]}
+def same_training(*reports):
+    """The reports with the runs that are the same but for their evaluations, as exploring curves tell.
+
+    Seeds that one of them lacks are left out, and so are those that ran on unlike processors, whose rounding
+    battles blow up into other runs.
+    """
+    one, other = ({run["seed"]: run["curves"]["charts/win_rate"] for run in x["runs"]} for x in reports)
+    same = {seed for seed, curve in one.items() if curve == other.get(seed)}
+    return [x | {"runs": [run for run in x["runs"] if run["seed"] in same]} for x in reports]
 
 
 def later(report):
@@ -117,7 +125,10 @@ def main(argv=None):
     no_arguments(__doc__, argv)
     reports, fig3, maps = load_sets("default"), load_sets("fig3"), {}
     for name, report in reports.items():
-        maps.setdefault(task_of(name, report), {})[label(report)] = report
+        sets = maps.setdefault(task_of(name, report), {})
+        if label(report) in sets:
+            sys.exit(f"default.py: docs/results/default has two sets of the settings of {name}")
+        sets[label(report)] = report
     names = ("dop_mmm", "dop_mmm_bonus", "dop_mmm_no_bonus", "dop_3m_bonus", "dop_3m", "dop_2s3z")
     names = [name + common.NO_CHASE for name in names]
     wanted = [f"bonus_0.05_rate_1e-3_{name}{common.NO_CHASE}" for name in ("3m", "2s3z")]
@@ -132,7 +143,10 @@ def main(argv=None):
         sys.exit("default.py: docs/results/default has no sets of both means yet")
     table, (greedy, exploring) = scale_table(maps)
     averaged = {task_of(name, x): x for name, x in reports.items() if name.startswith("average_")}
-    pairs = {task: (x, with_seeds_of(x, fig3[set_on("dop", task)])) for task, x in sorted(averaged.items())}
+    if missing := [x for x in (set_on("dop", task) for task in averaged) if x not in fig3]:
+        sys.exit(f"default.py: docs/results/fig3 has no {', '.join(missing)} yet")
+    pairs = {task: same_training(x, fig3[set_on("dop", task)]) for task, x in sorted(averaged.items())}
+    pairs = {task: pair for task, pair in pairs.items() if pair[0]["runs"]}
     falls = [f"{name} {fallen(later(new))} ({fallen(later(old))})" for name, (new, old) in pairs.items()]
     on_3m, with_bonus, tried = (reached(x)[0].split(" (")[0] for x in (own[0], bonus_3m, trials[0]))
     on_2s3z, trial_2s3z = (reached(x)[1] for x in (own[1], trials[1]))

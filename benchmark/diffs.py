@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.common import ROOT, describe, markdown_table, metadata, no_arguments, write_page
+from benchmark.common import ROOT, markdown_table, no_arguments, write_page
 
 CLAIM = "Ours: files of one family differ in the algorithm, and share the frame line by line."
 FAMILIES = {
@@ -35,11 +35,12 @@ def main(argv=None):
         lengths = ", ".join(f"{name} {len((ROOT / name).read_text().splitlines())} lines" for name in names)
         table = markdown_table(["", "only in the first", "only in the second", "in both"], rows)
         parts += [f"Learning from {family}: {lengths}.", table]
-    parts.append("Counted by Python's difflib; `diff` may count a few lines otherwise.")
-    answer = f"Two files of a family have {min(shared)} to {max(shared)} lines in common."
-    write_page(
-        "diffs", "What the diff of two files shows", CLAIM, answer, *parts, describe(metadata(__file__, argv))
+    parts.append(
+        "Counted by Python's difflib in the files of this commit; `diff` may count a few lines otherwise."
     )
+    parts.append("Written by `python benchmark/diffs.py`.")
+    answer = f"Two files of a family have {min(shared)} to {max(shared)} lines in common."
+    write_page("diffs", "What the diff of two files shows", CLAIM, answer, *parts)
 
 
 if __name__ == "__main__":

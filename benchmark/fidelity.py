@@ -179,7 +179,7 @@ def comparison_table(report):
 def write(out, argv, **facts):
     """Write a file, and print what it says."""
     report = metadata(__file__, argv, threads=torch.get_num_threads()) | facts
-    write_json(out.with_suffix(".json"), report)
+    write_json(Path(f"{out}.json"), report)
     print(f"{section(report)}\nwritten: {out}.json")
 
 

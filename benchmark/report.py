@@ -3,9 +3,9 @@
     python benchmark/report.py
 
 Calls the scripts of the figures (cdm.py, smac.py, default.py, settings.py, particles.py, quadratic.py,
-sequential.py), writes the pages of engine/, scripted/ and sc2/ from what throughput.py, training_speed.py,
-update_speed.py, scripted.py and fidelity.py measured, and README.md from the first lines of every page;
-`--index` writes README.md only."""
+sequential.py) and diffs.py, writes the pages of engine/, scripted/ and sc2/ from what throughput.py,
+training_speed.py, update_speed.py, scripted.py and fidelity.py measured, and README.md from the first lines
+of every page; `--index` writes README.md only."""
 
 import re
 import sys
@@ -16,6 +16,7 @@ from benchmark import (
     cdm,
     common,
     default,
+    diffs,
     fidelity,
     particles,
     quadratic,
@@ -124,7 +125,7 @@ def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--index", action="store_true", help="write README.md only")
     if not parser.parse_args(argv).index:
-        for script in (cdm, smac, default, settings, particles, quadratic, sequential):
+        for script in (cdm, smac, default, settings, particles, quadratic, sequential, diffs):
             script.main([])
         engine(load("engine"))
         teams(load("scripted"))

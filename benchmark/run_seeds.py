@@ -88,7 +88,8 @@ def parse_seeds(text):
     """'1-3,7' -> [1, 2, 3, 7]."""
     ends = [re.findall(r"\d+", part) for part in text.split(",")]
     seeds = {seed for x in ends if x for seed in range(int(x[0]), int(x[-1]) + 1)}
-    if not seeds or not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", text):
+    empty = any(x and int(x[0]) > int(x[-1]) for x in ends)
+    if empty or not seeds or not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds such as 1-8 or 1,2,5")
     return sorted(seeds)
 
@@ -112,6 +113,9 @@ def sets_of(args):
         one.published = json.loads(path.read_text()) if path.exists() else {}
         one.kept = {run["seed"]: run for run in one.published.get("runs", [])} if args.extend else {}
         one.seeds = sorted({*args.seeds, *one.kept})
+        about = {name: one.published.get(name) for name in ("metric", "target")}
+        if one.kept and about != {"metric": args.metric, "target": args.target}:
+            machine.fail(f"{path} is about --metric {about['metric']} --target {about['target']:g}")
         yield one
 
 
@@ -213,8 +217,6 @@ def unfinished(args):
     for path, about in [*done.values(), *([(published, old)] if old else [])]:
         if about.get("command") != shlex.join(args.command):
             machine.fail(f"{path} is of {about.get('command')!r}; take another --name or delete the file")
-    if args.kept and (old["metric"], old["target"]) != (args.metric, args.target):
-        machine.fail(f"{published} is about --metric {old['metric']} --target {old['target']:g}")
     if left_out := [str(seed) for seed in old.get("seeds", []) if seed not in args.seeds]:
         more = f"{published} has more seeds than --seeds asks for ({', '.join(left_out)})"
         machine.fail(f"{more}; ask for them too, take another --name or delete the file")
@@ -339,7 +341,10 @@ def main(argv=None):
     args = parse_args(argv)
     sets = [*sets_of(args)]
     if not args.collect_only:
-        run_all(args, sets)
+        try:
+            run_all(args, sets)
+        except KeyboardInterrupt:  # while Ray starts; later it is a signal that run_all waits for
+            machine.fail(130)
     reports = [collect(one) for one in sets]
     if args.sweep and all(reports):
         tabulate(args, sets, reports)

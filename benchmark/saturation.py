@@ -3,8 +3,8 @@
     python benchmark/saturation.py RUN [RUN ...]
 
 For each run folder of dop_stochastic.py: the mean probability of the greedy action without exploration, and
-how often it is also the critic's best, over the living agents of the first 20 steps of 256 games. A softmax
-near 1 has nearly no gradient: where the two disagree then, the critic cannot pull the actor away.
+how often it is also the critic's best, over agents that have a choice in the first 20 steps of 256 games. A
+softmax near 1 has nearly no gradient: where the two disagree then, the critic cannot pull the actor away.
 Prints a Markdown table; --out docs/results/settings/saturation writes a file for the page there.
 """
 
@@ -34,12 +34,12 @@ def measure(run, games=256, steps=20):
     probabilities, agreements = [], []
     for _ in range(steps):
         avail_actions = env.avail_actions()  # (B, N, A)
-        living = ~avail_actions[:, :, 0]  # (B, N), only the dead have the no-op
+        choosing = avail_actions.sum(-1) > 1  # (B, N), the dead have one legal action
         logits, hidden = actor(obs.unsqueeze(1), actions.unsqueeze(1), hidden)
         probability, actions = epsilon_policy(logits.squeeze(1), avail_actions, 0.0).max(-1)  # (B, N)
         best = critic(env.state())[0].masked_fill(~avail_actions, -torch.inf).argmax(-1)  # (B, N)
-        probabilities.append(probability[living])
-        agreements.append((best == actions)[living].float())
+        probabilities.append(probability[choosing])
+        agreements.append((best == actions)[choosing].float())
         obs, _, terminated, truncated, _ = env.step(actions)
         done = terminated | truncated  # (B,)
         actions, hidden = actions.masked_fill(done[:, None], -1), hidden * ~done[:, None, None]
@@ -64,7 +64,7 @@ def main(argv=None):
     report = metadata(__file__, argv, threads=torch.get_num_threads()) | {"results": results}
     print(section(report))
     if args.out:
-        write_json(args.out.with_suffix(".json"), report)
+        write_json(Path(f"{args.out}.json"), report)
 
 
 if __name__ == "__main__":

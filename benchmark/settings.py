@@ -72,12 +72,10 @@ def main(argv=None):
         draw_panels(panels, common.RESULTS / "settings" / f"{kind}.png", tag)
         parts.append(f"![win rates, {kind}]({kind}.png)")
     text = f"Seeds that reach a greedy win rate of {TARGET:g}: {'; '.join(told)}."
-    if "saturation" in (files := load("settings")):
-        tables += [
-            "## Do the actors still follow their critics?",
-            SATURATION,
-            saturation.section(files["saturation"]),
-        ]
+    measured = [report for name, report in load("settings").items() if name.startswith("saturation")]
+    if measured:
+        tables += ["## Do the actors still follow their critics?", SATURATION]
+        tables += map(saturation.section, measured)
     parts += [*tables, "## How to read", HOW, LEGEND, "Written by `python benchmark/settings.py`."]
     title = "Settings of the papers and of their authors' codes"
     write_page("settings", title, CLAIM, text, *parts, sources("settings", reports))

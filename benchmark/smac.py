@@ -55,7 +55,7 @@ LEGEND = f"""A score is the mean win rate of a seed after 80% of the steps: of g
 exploring policies while they train (each method explores in its own way, so that compares a method with
 itself). First at the steps that all sets of a table have; then, where some are longer, at a set's own end.
 Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
-{TARGET:g}, and the median of the steps that it took, where half of the seeds got there. At {TARGET:g} to the
+{TARGET:g}, and the median of the steps that it took, where over half of them got there. At {TARGET:g} to the
 end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
 Return: greedy, after 80% of the steps, median of seeds; on SMAC a win is worth about 20, and where nobody
 wins it tells how much damage is done. Entropy: of the policies at the end, median. Minutes: of a run on
@@ -102,11 +102,13 @@ harder: [what is known of why](../../envs.md#how-far-is-the-simulator)."""
 
 # ---- scores ----
 def scores(report, kind, limit):
-    """Mean of each run's win rate in the last fifth of its first `limit` steps; [] where not collected."""
+    """Mean of each run's win rate in the last fifth of its first `limit` steps; [] where one has none."""
     curves = [run["curves"].get(TAGS[kind]) for run in report["runs"]]
     if not all(curves):
         return []
     cuts = [bisect.bisect_right(curve["step"], limit) for curve in curves]
+    if not all(cuts):
+        return []
     parts = [(c["step"][:cut], c["value"][:cut], limit) for c, cut in zip(curves, cuts, strict=True)]
     return [statistics.fmean(last_fifth(*part) or part[1][-1:]) for part in parts]
 
@@ -117,7 +119,9 @@ def length(report):
 
 
 def reached(report):
-    """'2 of 3 (21 to 94%)' and the median steps to the first evaluation of at least TARGET."""
+    """'2 of 3 (21 to 94%)' and the median steps to the first evaluation of at least TARGET; '-' of none."""
+    if not scores(report, "greedy", np.inf):
+        return "-", "-"
     curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
     points = [zip(curve["step"], curve["value"], strict=True) for curve in curves]
     first = [next((step for step, value in curve if value >= TARGET), np.inf) for curve in points]
@@ -145,7 +149,8 @@ def row(label, report, limit, with_end):
     cells += [iqm_of(scores(report, kind, limit)) for kind in TAGS]
     cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
     last = scores(report, "greedy", end)
-    cells += [f"{min(last):.2f}", *reached(report), success_rate([x >= TARGET for x in last])]
+    cells += [f"{min(last):.2f}" if last else "-", *reached(report)]
+    cells.append(success_rate([x >= TARGET for x in last]) if last else "-")
     returns = [run["summary"]["last_fifth_return"] for run in report["runs"]]
     cells.append("-" if None in returns else f"{statistics.median(returns):.1f}")
     minutes = statistics.median(run["wall_seconds"] for run in report["runs"]) / 60
@@ -161,9 +166,14 @@ def columns(reports, kind, limits):
 def duels(maps):
     """DOP against each other method on the maps of both: (label, their names, {kind: columns}, steps)."""
     for label in list(METHODS.values())[1:]:
-        pairs = {name: (x["DOP"], x[label]) for name, x in maps.items() if "DOP" in x and label in x}
+        found = {name: (x["DOP"], x[label]) for name, x in maps.items() if "DOP" in x and label in x}
+        pairs, limits = {}, []
+        for name, pair in found.items():
+            limit = min(map(length, pair))
+            if all(scores(report, "greedy", limit) for report in pair):
+                pairs[name] = pair
+                limits.append(limit)
         if pairs:
-            limits = [min(map(length, pair)) for pair in pairs.values()]
             ours, theirs = zip(*pairs.values(), strict=True)
             both = {kind: (columns(ours, kind, limits), columns(theirs, kind, limits)) for kind in TAGS}
             yield label, list(pairs), both, limits

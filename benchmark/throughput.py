@@ -226,7 +226,7 @@ def main(argv=None):
                     about["results"].append(
                         {"env": env_id, "num_envs": num_envs, "threads": threads, "ways": ways}
                     )
-                    write_json(args.out.with_suffix(".json"), about)
+                    write_json(Path(f"{args.out}.json"), about)
                     speeds = "  ".join(f"{name} {x['steps_per_second']:>10,.0f}" for name, x in ways.items())
                     print(f"{env_id:18} threads {threads}  games {num_envs:5}  {speeds}", flush=True)
             for peer in peers.values():

@@ -369,7 +369,7 @@ def main(argv=None):
                 results.append(result | {"seconds": statistics.median(turns), "turns": turns})
                 print(f"threads {threads}  {title}, {name}: {results[-1]['seconds']:.4f} s", flush=True)
         about["results"] += results
-    write_json(args.out.with_suffix(".json"), about)
+    write_json(Path(f"{args.out}.json"), about)
     print(f"{section(about)}\nwritten: {args.out}.json")
 
 

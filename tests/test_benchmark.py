@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def test_a_ray_that_ends_with_another_script_is_left_alone(monkeypatch):
 
 def test_parse_seeds():
     assert run_seeds.parse_seeds("1-3,7, 2") == [1, 2, 3, 7]
-    for wrong in ("", "a", "1-", "3-1", "1;2"):
+    for wrong in ("", "a", "1-", "3-1", "1-3,8-5", "1;2"):
         with pytest.raises(Exception, match="seed"):
             run_seeds.parse_seeds(wrong)
 
@@ -250,6 +251,9 @@ def test_published_results_are_not_replaced(bench, capfd):
         bench("2-3", *clone)
     assert not (bench.tmp_path / "clone").exists() and [file.read_bytes() for file in results] == before
     assert bench("1-3", *clone) == 0 and json.loads(results[0].read_text())["seeds"] == [1, 2, 3]
+    shutil.rmtree(bench.tmp_path / "clone" / "x" / "seed_2")
+    with pytest.raises(SystemExit, match=r"x.json has seeds without a finished run folder: 2; nothing is"):
+        bench("1-3", *clone, "--collect-only")
     assert bench("2", "--collect-only") == 0 and json.loads(results[0].read_text())["seeds"] == [2]
     results[0].write_text(json.dumps({"results": []}))  # of another script
     with pytest.raises(SystemExit, match="x.json is of None"):
@@ -264,11 +268,16 @@ def test_published_results_are_extended(bench, capfd):
     old["hardware"]["cpu"] = old["runs"][0]["cpu"] = "another"
     file.write_text(json.dumps(old | {"failed": {"3": 1, "4": 1}}))
     with pytest.raises(SystemExit, match="x.json is about --metric eval/win_rate --target 0.9"):
-        bench("1", *clone, "--target", "0.5")
+        bench("1", *clone, "--target", "0.5", "--collect-only")
     with pytest.raises(SystemExit, match="take another --name"):
         bench("1", *clone, extra=["--scale", "1"])
+    kept = file.read_text()
+    file.write_text(json.dumps(old | {"settings": old["settings"] | {"batch": 1}}))
+    with pytest.raises(SystemExit, match="seed_1 has another batch than the seeds of .*x.json; nothing is"):
+        bench("1", *clone)
+    file.write_text(kept)
     assert bench("1,3", *clone) == 0
-    assert "1 of 3 seeds are already finished" in capfd.readouterr().out
+    assert "2 of 3 seeds are already finished" in capfd.readouterr().out
     new = json.loads(file.read_text())
     assert new["seeds"] == [1, 2, 3] and new["runs"][1] == old["runs"][0] and new["failed"] == {"4": 1}
     assert f"cpu {' and '.join(sorted({'another', new['hardware']['cpu']}))}" in common.sources(

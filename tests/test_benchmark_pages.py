@@ -278,6 +278,15 @@ def test_diffs_count_lines(results, monkeypatch, capsys):
     assert "| `diff one.py two.py` | 1 | 2 | 2 |" in (results / "diffs" / "README.md").read_text()
 
 
+def test_page_of_diffs_is_of_these_files(monkeypatch):
+    """A file that was changed: python benchmark/diffs.py."""
+    pages = []
+    monkeypatch.setattr(diffs, "write_page", lambda folder, *parts: pages.extend(parts))
+    diffs.main([])
+    text = (common.RESULTS / "diffs" / "README.md").read_text()
+    assert all(table in text for table in pages if table.startswith("|"))
+
+
 # ---- report.py ----
 def test_index_has_a_line_per_page(results, capsys):
     common.write_page("fig9", "Fig. 9", "All\nis well.", "Is\nit.", "more\n")

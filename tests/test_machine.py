@@ -40,6 +40,14 @@ def test_an_empty_run_dir_is_the_current_folder(tmp_path, monkeypatch):
     assert (tmp_path / machine.open_folder(SETTINGS | {"run_dir": ""})).is_dir()
 
 
+def test_out_of_memory_is_one_sentence(capsys):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
+        machine._uncaught(type(error), error, None)
+        assert capsys.readouterr().err.splitlines()[0].endswith("--num-envs or sizes of networks")
+    machine._uncaught(RuntimeError, RuntimeError("a bug"), None)
+    assert capsys.readouterr().err == "RuntimeError: a bug\n"
+
+
 def test_runs_compute_without_denormal_numbers():
     """The optimisers' memories of vanished gradients end among them, where a CPU is slow."""
     if not torch.set_flush_denormal(False):
