@@ -70,7 +70,7 @@ class Args:
     buffer_size: int = 5_000  # latest episodes in the replay buffer (official code)
     batch_size: int = 32  # episodes per gradient step (official code)
     episodes_per_iteration: int = 1  # finished episodes per gradient step (official code)
-    target_period: int = 50  # gradient steps between two copies to the targets (200 in the official code)
+    target_period: int = 200  # gradient steps between two copies to the targets (official code)
 
     def __post_init__(self):
         machine.check_numbers(vars(self))
@@ -85,8 +85,8 @@ PRESETS = {
         total_timesteps=2_000_000,
     ),
     "cdm": dict(
-        total_timesteps=10_000, epsilon_steps=5_000, episodes_per_iteration=4, eval_every=500,
-        eval_episodes=1, log_every=100,
+        total_timesteps=10_000, epsilon_steps=5_000, episodes_per_iteration=4, target_period=50,
+        eval_every=500, eval_episodes=1, log_every=100,
     ),
 }  # fmt: skip
 # what cannot change in a resumed run: it decides shapes and meaning of what was saved
