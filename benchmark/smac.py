@@ -96,7 +96,8 @@ deviations, as a median of 9% with a deviation of 80 cannot be. The last two pap
 quote them; we had no access to them. QMIX here: greedy, mean of our seeds in their latest evaluation until
 then; its settings are not theirs.
 
-This simulator is not the game, and 2s_vs_1sc most of all seems harder: [what is known of why](../../envs.md#how-far-is-the-simulator)."""
+This simulator is not the game, and 2s_vs_1sc most of all seems harder:
+[what is known of why](../../envs.md#how-far-is-the-simulator)."""
 
 
 # ---- scores ----
