@@ -93,7 +93,10 @@ def set_on(method, task):
 
 def sources(folder, reports):
     """The command that made each set of runs, its commit, date and hardware, as a Markdown list."""
-    items = ["Sets of runs (a command works at its commit; flags and defaults have changed since):\n"]
+    about = "Sets of runs (a command works at its commit; flags and defaults have changed since"
+    if any("," in ranges(x["seeds"]) for x in reports.values()):
+        about += "; where seeds have gaps, those between were not run or cut off: all runs are equally long"
+    items = [f"{about}):\n"]
     for name, x in reports.items():
         words = f"python benchmark/run_seeds.py --name {folder}/{name} --seeds {ranges(x['seeds'])}"
         if (x["metric"], x["target"]) != ("eval/win_rate", 0.9):
