@@ -35,9 +35,9 @@ entropy, which was the default before; with neither and a rate of 5e-4 the loss 
 default before that."""
 AVERAGE = """By default evaluations, and `play.py`, play an average of the actors of the latest iterations,
 which does not change the training. Beside the latest actor, in the same runs but for that (seeds that both
-sets have, on one kind of processor) and evaluated as often; "below it later": of the evaluations that follow
-a seed's first of at least {target:g}, those below {target:g}; lowest later: of all seeds. P: that a run with
-the average has the higher greedy score at the end."""
+sets have, on one kind of processor, never interrupted) and evaluated as often; "below it later": of the
+evaluations that follow a seed's first of at least {target:g}, those below {target:g}; lowest later: of all
+seeds. P: that a run with the average has the higher greedy score at the end."""
 
 
 def settings(report):
@@ -59,8 +59,8 @@ def label(report):
 def same_training(*reports):
     """The reports with the runs that are the same but for their evaluations, as exploring curves tell.
 
-    Seeds that one of them lacks are left out, and so are those that ran on unlike processors, whose rounding
-    battles blow up into other runs.
+    Seeds that one of them lacks are left out, and so are those that went on from a checkpoint or ran on unlike
+    processors, whose rounding battles blow up into other runs.
     """
     one, other = ({run["seed"]: run["curves"]["charts/win_rate"] for run in x["runs"]} for x in reports)
     same = {seed for seed, curve in one.items() if curve == other.get(seed)}
