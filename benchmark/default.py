@@ -59,8 +59,8 @@ def label(report):
 def same_training(*reports):
     """The reports with the runs that are the same but for their evaluations, as exploring curves tell.
 
-    Seeds that one of them lacks are left out, and so are those that went on from a checkpoint or ran on unlike
-    processors, whose rounding battles blow up into other runs.
+    Seeds that one of them lacks are left out, and so are those that went on from a checkpoint or ran on
+    unlike processors, whose rounding battles blow up into other runs.
     """
     one, other = ({run["seed"]: run["curves"]["charts/win_rate"] for run in x["runs"]} for x in reports)
     same = {seed for seed, curve in one.items() if curve == other.get(seed)}

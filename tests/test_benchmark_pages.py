@@ -91,6 +91,18 @@ def test_smac_cuts_curves_to_equal_steps(results, capsys):
     # one map: P(DOP is better) at the 2000 steps of both: one of three seeds beats COMA, the others tie
     assert f"| COMA | 1 | 2,000 to 2,000 | 3 and 3 | 0.33 [0.25, 0.50] | {quarter} | 0.67 " in text
     assert not (fig3 / "profile.png").exists() and (fig3 / "greedy.png").exists()
+    write_set(fig3, "odd", {"eval/episodic_return": ([1000], [0.5])}, env="spread")  # nothing is won
+    smac.main([])
+    line = f"| odd (spread, {common.ENGINE}) | 1 | - | - | - | - | - | - | 12.3 | - | 0 |"
+    assert line in (fig3 / "README.md").read_text()
+
+
+def test_the_average_of_actors_is_compared_in_equal_runs():
+    def of(curves):
+        return {"runs": [{"seed": s, "curves": {"charts/win_rate": x}} for s, x in curves.items()]}
+
+    one, other = default.same_training(of({1: "a", 2: "b", 3: "c"}), of({1: "a", 2: "x", 4: "c"}))
+    assert one == other == of({1: "a"})
 
 
 def test_smac_keeps_long_runs_and_other_engines_apart(results, capsys):
