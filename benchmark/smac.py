@@ -29,7 +29,7 @@ METHODS = {
     "qmix": "QMIX",
     "dop_on_policy": "on-policy DOP",
     "dop_sampled": "undecomposed backup",
-    "qmix_50": "QMIX, targets every 50",  # `--target-period 50`, which was the default before 200
+    "qmix_50": "QMIX with targets every 50",  # `--target-period 50`, which was the default before 200
 }
 TAGS = {"greedy": "eval/win_rate", "exploring": "charts/win_rate"}
 WITHOUT = """Of an earlier rule, which `--env MAP,chase=false` still plays: an enemy whose target is out of
