@@ -84,7 +84,7 @@ def collect(args):
         if not curves:
             args.failed[seed] = "it logged nothing"
             continue
-        settings = next((json.loads(path.read_text()) for path in folder.rglob("args.json")), settings)
+        settings = next((json.loads(x.read_text()) for x in folder.rglob("args.json")), settings)
         settings = {key: value for key, value in settings.items() if key not in PER_RUN}
         old = args.published["settings"] if args.kept else settings
         if other := {x for x in settings | old if settings.get(x) != old.get(x)} - {*PER_RUN}:
