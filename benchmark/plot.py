@@ -159,7 +159,10 @@ def main(argv=None):
             raise SystemExit(f"plot.py: two files with the label {label} in one panel; give --labels")
         panels.setdefault(title, {})[label] = report
     out = args.out or args.files[0].with_suffix(".png")
-    draw_panels(panels, out, args.tag, list(dict.fromkeys(labels)), args.x, args.until, args.hline)
+    try:
+        draw_panels(panels, out, args.tag, list(dict.fromkeys(labels)), args.x, args.until, args.hline)
+    except OSError as error:
+        raise SystemExit(f"plot.py: --out cannot be written: {error}") from None
     return out
 
 

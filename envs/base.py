@@ -15,11 +15,12 @@ from gymnasium.vector.utils import batch_space
 NO_LIMIT = 1_000_000  # the `episode_limit` of games that tell none: they end by themselves, if at all
 
 
-def require_whole(low=1, **values):
-    """ValueError for an argument of an environment that is no int, or less than `low`."""
+def require_whole(low=1, high=None, **values):
+    """ValueError for an argument of an environment that is no int, less than `low` or more than `high`."""
+    most = "" if high is None else f" and at most {high:,}"
     for name, value in values.items():
-        if type(value) is not int or value < low:  # isinstance() would let True pass as 1
-            raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
+        if type(value) is not int or value < low or (most and value > high):  # True would pass isinstance()
+            raise ValueError(f"{name} must be a whole number, at least {low}{most}, got {value!r}")
 
 
 def require_number(low=-1e6, high=1e6, **values):

@@ -25,6 +25,7 @@ DT, DAMPING = 0.1, 0.25  # time of a step; share of the velocity that is lost in
 SENSITIVITY = 5.0  # force of a full action
 CONTACT_FORCE, CONTACT_MARGIN = 1e2, 1e-3  # stiffness of agents; softness of their edge
 SPREAD_RADIUS = 0.15  # of the agents of spread; those of aggregation are points
+MOST_AGENTS = 1000  # an observation holds every other agent: memory grows with the square of this
 PUSHES = [[0.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]]  # discrete actions, mpe2's order
 TURNS = [[-1.0], [0.0], [1.0]]  # discrete actions on the mill: counter-clockwise, nothing, clockwise
 PAID_SPEED, WINNING_SPEED = 30.0, 100.0  # of the mill, both exclusive [DOP]
@@ -175,12 +176,13 @@ class _Arena(_Task):
         plus, minus = [], []
         for i in range(n_agents):
             seen = torch.cat([landmark, pos[:i], pos[i + 1 :]])  # (L + N - 1, 2)
-            plus += [*vel[i], *pos[i], *seen.flatten(), *[clock] * timed, *[zero] * silent]
-            minus += [*[zero] * 4, *pos[i].repeat(len(seen)), *[zero] * (timed + silent)]
+            rest = torch.tensor([clock] * timed + [zero] * silent, dtype=torch.long)
+            plus += [vel[i], pos[i], seen.flatten(), rest]
+            minus += [torch.full((4,), zero), pos[i].repeat(len(seen)), torch.full_like(rest, zero)]
+        plus, minus = torch.cat(plus), torch.cat(minus)  # (N * O,)
         super().__init__(n_agents, len(plus) // n_agents, state_dim, 25, PUSHES, *shared)
         self._timed = timed
-        self._plus = torch.tensor(plus, device=self.device)  # (N * O,)
-        self._minus = torch.tensor(minus, device=self.device)
+        self._plus, self._minus = plus.to(self.device), minus.to(self.device)
         self._zero = torch.zeros(self.num_envs, 1, device=self.device)
         self._n_landmarks, self._dtype = n_landmarks, dtype
 
@@ -217,14 +219,14 @@ class Spread(_Arena):
 
     An agent's reward is (1 - local_ratio) * (minus the sum over landmarks of the distance of the nearest
     agent) + local_ratio * (minus the number of agents that it touches), in `info["agent_rewards"]` (B, N).
-    The team reward is their mean. Raises ValueError for n_agents that is no whole number of at least 1 and a
-    local_ratio that is no number from 0 to 1.
+    The team reward is their mean. Raises ValueError for n_agents that is no whole number from 1 to 1,000 and
+    a local_ratio that is no number from 0 to 1.
     """
 
     def __init__(
         self, num_envs, device, seed, validate=True, discrete=False, n_agents=3, local_ratio=0.5
     ):  # fmt: skip
-        require_whole(n_agents=n_agents)
+        require_whole(high=MOST_AGENTS, n_agents=n_agents)
         require_number(low=0, high=1, local_ratio=local_ratio)
         # mpe2 shows two channels of every other agent, all silent. Its contacts are so stiff that they blow
         # rounding errors up, some a thousandfold: in float32 a game leaves mpe2's path.
@@ -254,11 +256,11 @@ class Aggregation(_Arena):
 
     Both are terminal: the penalty is a part of the task. Agents do not collide. `info["battle_won"]` (B,)
     tells success. The positions of the state are relative to the landmark.
-    Raises ValueError for n_agents that is no whole number of at least 1 and a radius of less than 1e-9.
+    Raises ValueError for n_agents that is no whole number from 1 to 1,000 and a radius of less than 1e-9.
     """
 
     def __init__(self, num_envs, device, seed, validate=True, discrete=False, n_agents=5, radius=0.8):
-        require_whole(n_agents=n_agents)
+        require_whole(high=MOST_AGENTS, n_agents=n_agents)
         require_number(low=1e-9, radius=radius)
         sizes = (n_agents, 1, True, 0, torch.float32)
         super().__init__(*sizes, num_envs, device, seed, validate, discrete)
@@ -291,7 +293,7 @@ class Mill(_Task):
     `end_on_win` pays and ends as soon as 100 is exceeded, so that a slow win returns more than a fast one.
     obs: omega / 100, sine and cosine of the angle, time / 10, own id. state: the same without the id, and
     whether 100 was exceeded, which is also `info["battle_won"]` (B,).
-    Raises ValueError for n_agents that is no whole number of at least 1 and a radius or mass of less
+    Raises ValueError for n_agents that is no whole number from 1 to 1,000 and a radius or mass of less
     than 1e-9.
     """
 
@@ -299,7 +301,7 @@ class Mill(_Task):
         self, num_envs, device, seed, validate=True, discrete=False,
         n_agents=10, radius=0.25, mass=1.0, end_on_win=False,
     ):  # fmt: skip
-        require_whole(n_agents=n_agents)
+        require_whole(high=MOST_AGENTS, n_agents=n_agents)
         require_number(low=1e-9, radius=radius, mass=mass)
         super().__init__(n_agents, 4 + n_agents, 5, 10, TURNS, num_envs, device, seed, validate, discrete)
         inertia = mass * radius**2 / 2  # of a disc

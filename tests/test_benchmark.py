@@ -440,6 +440,8 @@ def test_plot_writes_a_picture(tmp_path, capsys):
     steps, _ = plot.curves_of(json.loads(files[0].read_text()), "eval/win_rate", "minutes")[0]
     assert steps[10] == 60.0  # half of 7200 s at half of 2000 steps
     plot.main([words[0], "--out", str(tmp_path / "minutes.png"), "--x", "minutes"])
+    with pytest.raises(SystemExit, match="plot.py: --out cannot be written: .*File exists"):
+        plot.main([words[0], "--out", words[0] + "/p.png"])
     with pytest.raises(SystemExit, match="has no curve 'eval/nothing'"):
         plot.main([words[0], "--tag", "eval/nothing"])
 

@@ -399,10 +399,17 @@ def test_bad_arguments(task, kwargs):
 @pytest.mark.parametrize(
     "env_id, sentence",
     [
-        ("spread,n_agents=abc", "n_agents must be a whole number, at least 1, got 'abc'"),
-        ("mill,n_agents=2.0", "n_agents must be a whole number, at least 1, got 2.0"),
-        ("mill,n_agents=True", "n_agents must be a whole number, at least 1, got True"),
-        ("aggregation,n_agents=1e9", "n_agents must be a whole number, at least 1, got 1000000000.0"),
+        ("spread,n_agents=abc", "n_agents must be a whole number, at least 1 and at most 1,000, got 'abc'"),
+        ("mill,n_agents=2.0", "n_agents must be a whole number, at least 1 and at most 1,000, got 2.0"),
+        ("mill,n_agents=True", "n_agents must be a whole number, at least 1 and at most 1,000, got True"),
+        (
+            "aggregation,n_agents=1e9",
+            "n_agents must be a whole number, at least 1 and at most 1,000, got 1000000000.0",
+        ),
+        (
+            "spread,n_agents=99999999",
+            "n_agents must be a whole number, at least 1 and at most 1,000, got 99999999",
+        ),
         ("spread,local_ratio=abc", "local_ratio must be a number from 0 to 1, got 'abc'"),
         ("spread,local_ratio=true", "local_ratio must be a number from 0 to 1, got True"),
         ("aggregation,radius=abc", "radius must be a number from 1e-09 to 1e+06, got 'abc'"),
