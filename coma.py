@@ -15,7 +15,7 @@ Differs from the paper and from the authors' later code for SMAC (oxwhirl/pymarl
 2. the critic steps through shuffled transitions, not through time from the last step to the first;
 3. an episode ended by the clock bootstraps from its last observation: joint actions are drawn there from the
    policies, and each agent takes the mean over its own action;
-4. observations and states are stored in half precision.
+4. observations and states that stay within about 1 are stored in half precision.
 
 Without `--setting paper` also, to win in less time (docs/coma.md):
 5. 16 games, not 8; 16 critic minibatches per iteration, not about 60; a target copied every 5

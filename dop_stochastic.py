@@ -13,14 +13,14 @@ Differs from the paper:
 1. epsilon is a floor inside the policy and the mixture is differentiated, as in COMA and the official code;
 2. targets use the current policies, there are no target actors, as in the official code;
 3. an episode ended by the clock bootstraps from E_pi[Q_tot] of its last observation: no action follows it;
-4. replayed observations and states are in half precision, to halve the memory.
+4. replayed observations and states that stay within about 1 are in half precision, to halve the memory.
 
 By default also, to win in less time (docs/dop_stochastic.md), unlike `--setting paper` and `official`:
 5. more games; the critic takes 8 minibatches, at another learning rate; epsilon falls sooner;
 6. the expectation over an agent's own action in Eq. 9 is exact, not sampled;
 7. the local critics share their two layers and start at zero, and the actor waits for them;
 8. a pull to uniform policies keeps the softmax from saturating; the actor's learning rate is twice theirs;
-9. evaluations play an average of the latest actors, which falls back less often than single ones.
+9. evaluations play an average of the latest actors, which falls back less often on most maps.
 """
 
 import copy

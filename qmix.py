@@ -16,11 +16,10 @@ Differs from the paper, as the official code (oxwhirl/pymarl) does:
 2. the weights of the mixing network come from two layers with ReLU, not from one linear layer.
 
 Differs from both:
-3. replayed observations and states are in half precision, to halve the memory.
+3. replayed observations and states that stay within about 1 are in half precision, to halve the memory.
 
 Without `--setting paper` also, to win in less time (docs/qmix.md):
-4. 16 games, not 1, with a gradient step per finished episode as there;
-5. target networks copied every 50 gradient steps, not every 200.
+4. 16 games, not 1, with a gradient step per finished episode as there.
 """
 
 import copy

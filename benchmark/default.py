@@ -5,8 +5,8 @@ average of actors were chosen.
 
 Reads the sets <name>_<map>.json there that run_seeds.py wrote, average_<map>.json with the present default
 among them, and of fig3 dop_<map>.json, which have the same settings but that evaluations play the latest
-actor, and dop_<map>_bonus.json and dop_mmm_no_bonus.json, the former defaults; ..._no_chase.json of battles
-without chase.
+actor, and dop_<map>_bonus_no_chase.json and dop_mmm_no_bonus_no_chase.json, the former defaults; the names
+of sets of battles without chase end with _no_chase.
 [DOP] Wang et al., "DOP: Off-Policy Multi-Agent Decomposed Policy Gradients", ICLR 2021.
 """
 

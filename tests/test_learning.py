@@ -34,7 +34,11 @@ def test_masql_finds_the_better_optimum_and_maddpg_the_other(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    ["dop_stochastic.py --env 3m", "coma.py --env mmm --total-timesteps 300000", "qmix.py --env 3m"],
+    [
+        "dop_stochastic.py --env 3m",
+        "coma.py --env mmm --total-timesteps 300000",
+        "qmix.py --env mmm --total-timesteps 300000",
+    ],
 )
 def test_learns_to_win(command, tmp_path):
     name, flags = command.split(maxsplit=1)
