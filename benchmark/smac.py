@@ -210,8 +210,11 @@ def answer(title, maps):
             ours, theirs = (np.array([x.mean() for x in side]) for side in both["greedy"])
             more, less = (np.array(names)[gap > GAP] for gap in (ours - theirs, theirs - ours))
             where = f"{', '.join(more) or 'none'} and less on {', '.join(less) or 'none'}, of {count}"
+            than = f"wins more (by over {GAP:g}) than {label} on {where}"
+            if not (len(more) or len(less)):
+                than = f"wins as much as {label} (within {GAP:g}) on {count}"
             each = f"{fewest} to {most} runs" if fewest < most else f"{most} run{'s' * (most > 1)}"
-            runs.append(f"{title}: DOP wins more (by over {GAP:g}) than {label} on {where} ({each} of each)")
+            runs.append(f"{title}: DOP {than} ({each} of each)")
             continue
         steps |= set(limits)
         low, high = estimate(improvement, *both["greedy"])[1][:, 0]
