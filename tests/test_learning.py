@@ -1,5 +1,6 @@
 """Learning tests: minutes each, so marked slow. Run them with `python -m pytest -m slow`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def output(command, folder):
-    """What `python <command>` prints, run in a folder of its own."""
+    """What `python <command>` prints, run in a folder of its own, with one thread, as the recorded runs."""
     name, *flags = command.split()
     words = [sys.executable, str(ROOT / name), *flags, "--run-dir", str(folder)]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, env=one, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
