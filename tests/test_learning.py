@@ -38,7 +38,7 @@ def test_masql_finds_the_better_optimum_and_maddpg_the_other(tmp_path):
     "command",
     [
         "dop_stochastic.py --env 3m",
-        "coma.py --env mmm --total-timesteps 300000",
+        "coma.py --env mmm --total-timesteps 500000",
         "qmix.py --env mmm --total-timesteps 300000",
     ],
 )
