@@ -7,6 +7,7 @@ One colour per file, one panel per environment and engine. The interval is a boo
 (benchmark/stats.py) at each step where every seed is still running; with one seed there is none.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -93,6 +94,8 @@ def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=N
     """A PNG of learning curves; panels: {title: {label: report}}, labels: their order, so their colours."""
     labels = [x for x in labels or {} if any(x in panel for panel in panels.values())]
     labels = labels or list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    palette = [*plt.get_cmap("tab10").colors, *plt.get_cmap("tab20").colors[1::2]]  # full, then pale
+    colours = dict(zip(labels, itertools.cycle(palette), strict=False))
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     size = (2.4 + 4.4 * columns, 0.6 + 3.4 * rows)
@@ -101,7 +104,7 @@ def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=N
         axes.axis("off")
     for (title, panel), axes in zip(panels.items(), grid.flat, strict=False):
         for label, report in panel.items():
-            draw(axes, curves_of(report, tag, x), f"C{labels.index(label)}")
+            draw(axes, curves_of(report, tag, x), colours[label])
         if hline is not None:
             axes.axhline(hline, color="grey", linestyle="--", linewidth=1)
         if tag.endswith("win_rate"):
@@ -116,10 +119,10 @@ def draw_panels(panels, out, tag="eval/win_rate", labels=None, x="step", until=N
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles = []
-    for i, label in enumerate(labels):
+    for label in labels:
         seeds = sorted({len(panel[label]["runs"]) for panel in panels.values() if label in panel})
         text = f"{label} ({' to '.join(map(str, seeds[:1] + seeds[1:][-1:]))} seed{'s' * (seeds != [1])})"
-        handles.append(plt.Line2D([], [], color=f"C{i}", linewidth=2.0, label=text))
+        handles.append(plt.Line2D([], [], color=colours[label], linewidth=2.0, label=text))
     note = "bold: interquartile mean, band: 95% bootstrap interval over seeds"
     style = dict(frameon=False, fontsize=9, title=note, title_fontsize=7)
     figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns - 1, **style)
