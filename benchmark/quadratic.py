@@ -47,9 +47,14 @@ def greedy_reward(run):
     return run["curves"]["eval/episodic_return"]["value"][-1] / EPOCH
 
 
+def converged(report, measure=final_reward):
+    """A bool for each run of a file: whether it converged by a measure."""
+    return [measure(run) > THRESHOLD for run in report["runs"]]
+
+
 def rate(report, measure=final_reward):
     """How many runs of a file converged by a measure, with the interval."""
-    return success_rate([measure(run) > THRESHOLD for run in report["runs"]])
+    return success_rate(converged(report, measure))
 
 
 def reward_under_noise(games=512):
@@ -87,9 +92,8 @@ def fitting(reports):
     """Words for the sets of FEWEST runs or more whose interval, by training reward, holds the paper's 72%."""
     found = []
     for report in reports:
-        converged = [final_reward(run) > THRESHOLD for run in report["runs"]]
-        low, high = wilson(sum(converged), len(converged))
-        if len(converged) >= FEWEST and low <= 0.72 <= high:
+        low, high = wilson(sum(converged(report)), len(report["runs"]))
+        if len(report["runs"]) >= FEWEST and low <= 0.72 <= high:
             found.append(f"`{report['command']}`, {rate(report)}")
     return "; ".join(found) or "no set here"
 

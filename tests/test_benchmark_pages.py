@@ -210,21 +210,17 @@ def test_quadratic_tables(results, capsys):
     write("masql_linear_0.2", [9.9, 8.9], annealing="linear", alpha_start=0.2)
     write("maddpg", [-0.5, 0.0])
     quadratic.main([])
-    assert "by training reward, of no set here." in (results / "masql_fig3" / "README.md").read_text()
-    write("masql_exponential_0.3", [9.9] * 15 + [0.1] * 5, annealing="exponential", alpha_start=0.3)
-    quadratic.main([])
-    assert (
-        f"`, {stats.success_rate([i < 15 for i in range(20)])}."
-        in (results / "masql_fig3" / "README.md").read_text()
-    )
-    (results / "masql_fig3" / "masql_exponential_0.3.json").unlink()
-    quadratic.main([])
     text = (results / "masql_fig3" / "README.md").read_text()
     two, none, one = (stats.success_rate([i < n for i in range(k)]) for n, k in ((2, 3), (0, 2), (1, 2)))
     assert f"| {two} | {two} | 72% of 50 | 0.10 / 9.31 / 9.70 | 21.0 (22.0) |" in text
     assert f"| {none} | {none} | 0 of 50 |" in text and f"MASQL in {two}, MADDPG in {none}" in text
     assert "| annealing | alpha from 1 | alpha from 0.2 |" in text
     assert f"| exponential | {two} | - |" in text and f"| linear | - | {one} |" in text
+    assert "by training reward, of no set here." in text
+    write("masql_exponential_0.3", [9.9] * 15 + [0.1] * 5, annealing="exponential", alpha_start=0.3)
+    quadratic.main([])
+    fits = f"`, {stats.success_rate([i < 15 for i in range(20)])}."
+    assert fits in (results / "masql_fig3" / "README.md").read_text()
 
 
 def test_quadratic_readings_have_a_table_of_their_own(results, capsys):
