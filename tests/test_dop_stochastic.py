@@ -1,5 +1,6 @@
 """Stochastic DOP around its equations: networks, storage, one iteration, and the program itself."""
 
+import copy
 import itertools
 import math
 import signal
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import A, N, Toy, checkpoint, games, random_episodes, random_play, same
+from programs import A, N, Toy, checkpoint, games, in_double, random_episodes, random_play, same
+from test_dop_equations import td_lambda_oracle, tree_backup_oracle
 
 import dop_stochastic as dop
 import machine
@@ -167,53 +169,110 @@ def iterate(parts, train_actor=True, epsilon=0.3):
     return dop.update(*parts, epsilon, torch.Generator().manual_seed(0), train_actor)
 
 
-def targets_of(monkeypatch, parts):
-    """One iteration, with what it handed to the two target functions."""
-    calls = {}
+@pytest.mark.parametrize(
+    ("tree_backup", "actor_gradient", "scale"),
+    [
+        ("decomposed", "expected", 1),
+        ("decomposed", "sampled", 1e5),  # of what is learnt: both gradients are clipped
+        ("sampled", "expected", 1e5),
+        ("none", "sampled", 1),
+    ],
+)
+def test_iteration_equals_a_loop_over_episodes_and_steps(monkeypatch, tree_backup, actor_gradient, scale):
+    """Algorithm 1 with Eq. 6 to 9; each network's step by hand, and where Eq. 5 is sampled, its samples."""
+    settings = dict(gamma=0.9, kappa=0.3, n_steps=2, critic_updates=1, uniform_coef=0.0)
+    args, *networks, _, batch = learner(tree_backup=tree_backup, actor_gradient=actor_gradient, **settings)
+    batch, networks = in_double(batch), [x.double() for x in networks]
+    batch.reward.mul_(scale / 100)
+    for x in networks[1:]:
+        x.weights[-1].data.mul_(scale)
+    batch.terminated[0] = False  # one of three on-policy episodes, of the others two
+    optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in networks[:2]]
+    actor, critic, critic_target = copy.deepcopy(networks)
+    drawn, sampled_expected_q = [], dop.sampled_expected_q
 
-    def spy(name, function):
-        def call(*inputs):
-            calls[name] = (inputs, function(*inputs))
-            return calls[name][1]
+    def spy(*inputs):
+        assert inputs[4] == 200  # section 5.1.1 of [DOP], three agents
+        drawn.extend((sampled_expected_q(*inputs), dop.expected_q(*inputs[:4])))
+        return drawn[0]
 
-        monkeypatch.setattr(dop, name, call)
+    monkeypatch.setattr(dop, "sampled_expected_q", spy)
+    logs = iterate((args, *networks, optimizers, batch))
+    assert len(drawn) == 2 * (tree_backup == "sampled")
 
-    for name in ("td_lambda_targets", "tree_backup_targets"):
-        spy(name, getattr(dop, name))
-    return iterate(parts), calls
+    def policies(i):
+        hidden = None
+        for t in range(batch.length[i] + 1):
+            last = batch.actions[i, t - 1] if t else torch.full((N,), -1)
+            logits, hidden = actor(batch.obs[i, t].view(1, 1, N, -1), last.view(1, 1, N), hidden)
+            yield dop.epsilon_policy(logits[0, 0], batch.avail_actions[i, t], 0.3)  # (N, A)
+
+    def q_tot(network, i, t):
+        q_values, k, b = network(batch.state[i, t])
+        return k @ q_values[range(N), batch.actions[i, t]] + b
+
+    def descended(network, ours, loss):
+        """A step down the gradient of `loss`, which our network must have taken too. Returns its norm."""
+        slopes = torch.autograd.grad(loss, [*network.parameters()])
+        norm = torch.cat([x.flatten() for x in slopes]).norm()
+        for x, y, slope in zip(network.parameters(), ours.parameters(), slopes, strict=True):
+            x.data -= 1e-2 * slope * min(1, 20 / norm)
+            torch.testing.assert_close(x, y)
+        assert (norm > 20) == (scale > 1)
+        return norm
+
+    # actor: Eq. 9 with the critic as it is, on the on-policy episodes
+    on, utilities = range(3), []
+    pi = [[*policies(i)] for i in on]
+    for i in on:
+        for t in range(batch.length[i]):
+            q_values, k, _ = (x.detach() for x in critic(batch.state[i, t]))
+            for n, a in enumerate(batch.actions[i, t].tolist()):
+                v = pi[i][t][n] @ q_values[n]
+                score = pi[i][t][n, a].log() * (q_values[n, a] - v.detach())
+                utilities.append(k[n] * (v if actor_gradient == "expected" else score))
+    actor_loss = -sum(utilities) / sum(batch.length[:3])
+    torch.testing.assert_close(logs["actor_loss"], actor_loss.detach())
+    torch.testing.assert_close(logs["grad_norm_actor"], descended(actor, networks[0], actor_loss))
+
+    # critic: Eq. 8 with the policies before the actor's step, Eq. 7 with those after it
+    targets, errors, ends = [], [], []
+    for i, length in enumerate(batch.length):
+        probabilities = pi[i] if i in on else [*policies(i)]
+        values = []
+        for t in range(length + 1):
+            q_values, k, b = critic_target(batch.state[i, t])
+            values.append((k @ (probabilities[t] * q_values).sum(-1) + b).item())
+        if drawn and i not in on:
+            sampled, exact = (x[i - 3, : length + 1].tolist() for x in drawn)
+            assert values == pytest.approx(exact)
+            values = sampled
+        q = [q_tot(critic_target, i, t).item() for t in range(length)]
+        joint = [probabilities[t][range(N), batch.actions[i, t]].prod().item() for t in range(length)]
+        steps = batch.reward[i, :length].tolist(), batch.terminated[i, :length].tolist(), q
+        if i in on:
+            target = td_lambda_oracle(*steps, [*q[1:], values[length]], 0.9, args.td_lambda)
+        else:
+            target = tree_backup_oracle(*steps, values[1:], joint, 0.9, args.tb_lambda, 2)
+        targets += target
+        errors += [(y - q_tot(critic, i, t)) ** 2 for t, y in enumerate(target)]
+        ends.append(steps[1][-1])
+    assert ends == [False, True, True, True, True, False, False][: len(ends)]
+    n_on = sum(batch.length[:3])
+    losses = sum(errors[:n_on]) / n_on, sum(errors[n_on:]) / max(1, len(errors) - n_on)
+    critic_loss = losses[0] if tree_backup == "none" else 0.7 * losses[0] + 0.3 * losses[1]
+    torch.testing.assert_close(logs["critic_loss"], critic_loss.detach())
+    torch.testing.assert_close(logs["td_target"].item(), sum(targets) / len(targets))
+    torch.testing.assert_close(logs["grad_norm_critic"], descended(critic, networks[1], critic_loss))
 
 
-def test_targets_bootstrap_from_the_last_observation_of_a_truncated_episode(monkeypatch):
-    parts = learner()
-    _, actor, _, critic_target, _, batch = parts
-    on = dop.Batch(*(x[:3] for x in batch))
-    with torch.no_grad():
-        pi = dop.policy(actor, on, 0.3)
-        q_values, k, b = critic_target(on.state)
-    _, calls = targets_of(monkeypatch, parts)
-    (_, _, _, q_tot, next_q, *_), _ = calls["td_lambda_targets"]
-    for i, length in enumerate(on.mask.sum(1).tolist()):
-        for t in range(length):
-            taken = q_values[i, t].gather(-1, on.actions[i, t].unsqueeze(-1)).squeeze(-1)
-            torch.testing.assert_close(q_tot[i, t], (k[i, t] * taken).sum() + b[i, t])
-        torch.testing.assert_close(next_q[i, : length - 1], q_tot[i, 1:length])
-        v = (k[i, length] * (pi[i, length] * q_values[i, length]).sum(-1)).sum() + b[i, length]
-        torch.testing.assert_close(next_q[i, length - 1], v)
-
-
-def test_critic_loss_mixes_both_means_and_padding_is_worth_nothing(monkeypatch):
-    for updates, tolerance in ((1, 1e-5), (3, 1e-5)):
-        parts = learner(critic_updates=updates, critic_lr=0.0, kappa=0.3)
+def test_minibatches_share_the_critics_loss():
+    losses = []
+    for updates in (1, 3):
+        parts = learner(critic_updates=updates, kappa=0.3)
         parts[4][1].param_groups[0]["lr"] = 0.0
-        _, _, critic, _, _, batch = parts
-        with torch.no_grad():
-            q_values, k, b = critic(batch.state[:, :-1])
-        q_tot = dop.decomposed_q(k, b, q_values.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1))
-        logs, calls = targets_of(monkeypatch, parts)
-        td_target = torch.cat([calls["td_lambda_targets"][1], calls["tree_backup_targets"][1]])
-        error = (td_target - q_tot).square()
-        loss = 0.7 * error[:3][batch.mask[:3]].mean() + 0.3 * error[3:][batch.mask[3:]].mean()
-        torch.testing.assert_close(logs["critic_loss"], loss, rtol=tolerance, atol=tolerance)
+        losses.append(iterate(parts)["critic_loss"])
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("tree_backup", ["decomposed", "sampled", "none"])
