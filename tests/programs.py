@@ -41,6 +41,7 @@ class Troubled(VecEnv):
     (rewards of that step), "blind" (no pictures at all), "external" (games that no checkpoint can hold), or,
     of evaluations, "interrupt_evaluation" at its step 3, after which it never ends. "early" is Ctrl-C before
     any step. "lost" are games that break while others go on: all in the first step, then one in each seventh.
+    In "guided" ones all play the digit in each third step. `log` has a tuple of tensors (B, ...) per step.
     """
 
     saved = (*VecEnv.saved, "time", "steps")
@@ -49,7 +50,7 @@ class Troubled(VecEnv):
         limit = NO_LIMIT if trouble == "interrupt_evaluation" else self.LIMIT
         super().__init__(num_envs, N, self.OBS, self.S, limit, space, device, seed, trouble != "nan")
         self.time = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
-        self.trouble, self.steps, self.external = trouble, 0, trouble == "lost"
+        self.trouble, self.steps, self.external, self.log = trouble, 0, trouble == "lost", []
         if trouble == "early":
             os.kill(os.getpid(), signal.SIGINT)
         if trouble == "external":
@@ -88,6 +89,19 @@ class Troubled(VecEnv):
         *shown, info = super()._step(actions)
         return *shown, info | ({"broken": self.broken} if self.external else {})
 
+    def step(self, actions):
+        before = self._obs, self._state, self._avail_actions
+        result = super().step(actions)
+        info = result[-1]
+        after = (info[x] for x in ("final_obs", "final_state", "final_avail_actions"))
+        more = info.get("agent_rewards"), result[3], info["broken"]
+        self.log.append((*before, info["actions"].clone(), *result[1:3], *after, *more))
+        return result
+
+    def close(self, **_):
+        """The program closes its training games last of all: keep them, and the program's variables."""
+        Troubled.last, Troubled.program = self, sys._getframe(1).f_globals
+
 
 class Toy(Troubled):
     """Agents see a digit at first and should play it; action 4 is masked."""
@@ -106,8 +120,10 @@ class Toy(Troubled):
         self.digit, self.time = torch.where(done, digit, self.digit), self.time * ~done
 
     def _advance(self, actions):
+        guided = self.trouble == "guided" and self.steps % 3 == 0
+        actions = self.digit[:, None].expand(-1, N) if guided else actions
         reward, over = self.pass_time((actions == self.digit[:, None]).float().mean(1), 0.1)  # both (B,)
-        return reward, over, {"battle_won": over & (reward == 1)}
+        return reward, over, {"battle_won": over & (reward == 1), "actions": actions}
 
     def _observe(self):
         obs, state = torch.zeros(self.num_envs, N, self.OBS), torch.zeros(self.num_envs, self.S)
@@ -136,7 +152,7 @@ class Aim(Troubled):
         # the pairs of each goal (3, N, D), of -1..1, where the bounds count as -1 and 1
         pairs = torch.tensor([[0.5, -0.5], [-0.8, 0.3], [0.0, 0.9]])
         self.targets = torch.tensor([1, -1, 0.5])[:, None, None] * pairs
-        self.goal, self.log = torch.zeros(num_envs, dtype=torch.int64), []  # (B,)
+        self.goal = torch.zeros(num_envs, dtype=torch.int64)  # (B,)
 
     def _restart(self, done):
         goal = torch.randint(3, (self.num_envs,), generator=self.generator)
@@ -152,18 +168,6 @@ class Aim(Troubled):
         one_hot, time = torch.eye(3)[self.goal], (self.time / self.LIMIT)[:, None]
         obs = torch.cat([one_hot, time], 1).unsqueeze(1).repeat(1, N, 1)
         return obs, torch.cat([1 - one_hot, time, -time], 1), None
-
-    def step(self, actions):
-        before = self._obs, self._state, None, actions.clone()
-        result = super().step(actions)
-        info = result[-1]
-        after = info["final_obs"], info["final_state"], None, info["agent_rewards"], result[3]
-        self.log.append((*before, *result[1:3], *after, info["broken"]))
-        return result
-
-    def close(self, **_):
-        """The program closes its training games last of all: keep them, and the program's variables."""
-        Aim.last, Aim.program = self, sys._getframe(1).f_globals
 
     def render(self):
         if self.trouble == "blind":
@@ -185,6 +189,7 @@ for _trouble in (
     "early",
     "lost",
     "external",
+    "guided",
 ):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 

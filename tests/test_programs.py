@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import EPISODE, MODULES, SMALL, STEP, Aim, checkpoint, same, scalars, toy_of
+from programs import EPISODE, MODULES, SMALL, STEP, Aim, N, Toy, checkpoint, same, scalars, toy_of
 
 import envs
 import machine
@@ -140,6 +140,38 @@ def test_the_made_up_step_of_a_game_that_broke_is_not_learnt_from(run, program):
     assert run("--eval-every", "0", env="aim_lost")[0] == 0
     assert sum(row[11].sum() for row in Aim.last.log) == 4 + 14
     check_stored(rewards=4)
+
+
+@pytest.mark.parametrize("program", EPISODE)
+@pytest.mark.parametrize("env", ["toy", "toy_guided", "toy_lost"])
+def test_the_replay_and_the_agents_memory_hold_what_was_played(run, program, env):
+    """The actor does not learn here, so that its memory can be computed again."""
+    assert run("--lr" if program == "qmix" else "--actor-lr", "0", "--eval-every", "0", env=env)[0] == 0
+    episodes, running = [], [[] for _ in range(4)]  # of games, lists of steps
+    for step in Toy.last.log:
+        columns = [x for x in step if x is not None]
+        for game, (*played, truncated, broken) in enumerate(zip(*columns, strict=True)):
+            running[game].append(played)
+            if played[5] or truncated:
+                episodes += [] if broken else [running[game]]
+                running[game] = []
+    buffer, actor, (last_actions, hidden) = (Toy.program[x] for x in ("buffer", "actor", "memory"))
+    capacity = len(buffer.ring)
+    assert buffer.n_episodes == len(episodes) > capacity
+    for k, episode in [*enumerate(episodes)][-capacity:]:
+        slot, length = buffer.ring[k % capacity], len(episode)
+        assert buffer.length[slot] == length
+        for column, name in enumerate("obs state avail_actions actions reward terminated".split()):
+            played = [x[column] for x in episode] + ([episode[-1][column + 6]] if column < 3 else [])
+            stored = buffer.steps[name][slot, : len(played)]
+            assert torch.equal(stored, torch.stack(played).to(stored.dtype))
+    for game, episode in enumerate(running):
+        actions, memory = torch.full((N,), -1), torch.zeros(hidden[game].shape)
+        for obs, _, _, played, *_ in episode:
+            _, memory = actor(obs.view(1, 1, N, -1), actions.view(1, 1, N), memory.unsqueeze(0))
+            actions, memory = played, memory[0]
+        assert torch.equal(last_actions[game], actions)
+        torch.testing.assert_close(hidden[game], memory)
 
 
 @pytest.mark.parametrize(
