@@ -41,7 +41,8 @@ class Troubled(VecEnv):
     (rewards of that step), "blind" (no pictures at all), "external" (games that no checkpoint can hold), or,
     of evaluations, "interrupt_evaluation" at its step 3, after which it never ends. "early" is Ctrl-C before
     any step. "lost" are games that break while others go on: all in the first step, then one in each seventh.
-    In "guided" ones all play the digit in each third step. `log` has a tuple of tensors (B, ...) per step.
+    In "guided" ones all play the digit in each third step; those "together" end by the clock only.
+    `log` has a tuple of tensors (B, ...) per step.
     """
 
     saved = (*VecEnv.saved, "time", "steps")
@@ -77,7 +78,7 @@ class Troubled(VecEnv):
             raise RuntimeError("the game broke")
         if self.steps == 60 and self.trouble == "nan":
             reward = reward * float("nan")
-        over = torch.rand(self.num_envs, generator=self.generator) < chance
+        over = torch.rand(self.num_envs, generator=self.generator) < chance * (self.trouble != "together")
         if self.external:
             self.broken = torch.full((self.num_envs,), self.steps == 1)  # (B,)
             self.broken[1] |= self.steps % 7 == 0
@@ -190,6 +191,7 @@ for _trouble in (
     "lost",
     "external",
     "guided",
+    "together",
 ):
     TOYS |= {f"{name}_{_trouble}": (name.title(), {"trouble": _trouble}) for name in ("toy", "aim")}
 

@@ -165,8 +165,8 @@ def learner(seed=0, **settings):
     return args, actor, critic, critic_target, optimizers, random_episodes(draws, seed=seed)
 
 
-def iterate(parts, train_actor=True, epsilon=0.3):
-    return dop.update(*parts, epsilon, torch.Generator().manual_seed(0), train_actor)
+def iterate(parts, train_actor=True, epsilon=0.3, seed=0):
+    return dop.update(*parts, epsilon, torch.Generator().manual_seed(seed), train_actor)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +266,15 @@ def test_iteration_equals_a_loop_over_episodes_and_steps(monkeypatch, tree_backu
     torch.testing.assert_close(logs["grad_norm_critic"], descended(critic, networks[1], critic_loss))
 
 
-def test_minibatches_share_the_critics_loss():
-    losses = []
-    for updates in (1, 3):
+def test_minibatches_share_the_critics_loss_and_are_drawn():
+    losses, weights = [], []
+    for updates, rate, seed in ((1, 0.0, 0), (3, 0.0, 0), (3, 0.1, 0), (3, 0.1, 1)):
         parts = learner(critic_updates=updates, kappa=0.3)
-        parts[4][1].param_groups[0]["lr"] = 0.0
-        losses.append(iterate(parts)["critic_loss"])
-    torch.testing.assert_close(*losses)
+        parts[4][1].param_groups[0]["lr"] = rate
+        losses.append(iterate(parts, seed=seed)["critic_loss"])
+        weights.append(parts[2].k.weight)
+    torch.testing.assert_close(*losses[:2])
+    assert torch.equal(*weights[:2]) and not torch.equal(*weights[2:])
 
 
 @pytest.mark.parametrize("tree_backup", ["decomposed", "sampled", "none"])
@@ -402,6 +404,13 @@ def test_exit_codes_of_the_real_program(tmp_path):
     assert wrong.returncode == 2 and "--num-envs must be at least 1" in wrong.stdout + wrong.stderr
 
 
+def test_networks_step_once_the_critic_is_warm_on_draws_from_their_windows(run):
+    state = checkpoint(run("--critic-warmup", "3", "--critic-updates", "2")[2])
+    actor, critic = (state[f"{name}_optimizer"]["state"][0]["step"] for name in ("actor", "critic"))
+    assert actor == state["iteration"] - 3 > 0 and critic == 2 * state["iteration"]
+    assert Toy.program["draws"] == [(4, 8), (6, 20)]
+
+
 def test_critics_of_another_kind_cannot_go_on(run):
     _, _, folder = run()
     code, _, _ = run("--resume", folder, "--separate-critics", env=None)
@@ -411,7 +420,8 @@ def test_critics_of_another_kind_cannot_go_on(run):
 def test_numbers_of_the_official_code(parse):
     args = parse("--setting", "official")
     assert (args.num_envs, args.critic_lr, args.critic_updates) == (4, 1e-4, 0)
-    assert args.actor_loss_mean == "agents" and args.uniform_coef == args.averaging == 0
+    assert args.actor_loss_mean == "agents" and args.uniform_coef == args.averaging == args.critic_warmup == 0
+    assert (args.kappa, args.target_period) == (0.67, 10)  # 16 + 32 episodes, 600 of the critic's steps
     assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (0.5, 0.05, 500_000)
 
 
@@ -419,7 +429,8 @@ def test_numbers_of_the_paper(parse):
     args = parse("--setting", "paper")
     numbers = (args.num_envs, args.critic_lr, args.actor_lr, args.epsilon_start, args.epsilon_steps)
     assert numbers == (4, 1e-4, 5e-4, 1.0, 500_000)  # Appendix G.1 of [DOP]
-    assert args.uniform_coef == args.averaging == 0
+    assert args.uniform_coef == args.averaging == args.critic_warmup == 0
+    assert (args.kappa, args.critic_updates, args.target_period) == (0.5, 1, 8)
     assert args.separate_critics and not parse("--setting", "paper", "--no-separate-critics").separate_critics
 
 

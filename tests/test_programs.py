@@ -142,36 +142,86 @@ def test_the_made_up_step_of_a_game_that_broke_is_not_learnt_from(run, program):
     check_stored(rewards=4)
 
 
+def played():
+    """Whole episodes and those still running (B,) of the latest run on Toy: lists of steps, of columns."""
+    episodes, running = [], [[] for _ in range(4)]
+    for step in Toy.last.log:
+        columns = [x for x in step if x is not None]
+        for game, (*shown, truncated, broken) in enumerate(zip(*columns, strict=True)):
+            running[game].append(shown)
+            if shown[5] or truncated:
+                episodes += [] if broken else [running[game]]
+                running[game] = []
+    return episodes, running
+
+
+def check_memory(running):
+    """The agents' memory is what the actor makes of the steps of the running games."""
+    actor, (last_actions, hidden) = Toy.program["actor"], Toy.program["memory"]
+    for game, episode in enumerate(running):
+        actions, memory = torch.full((N,), -1), torch.zeros(hidden[game].shape)
+        for obs, _, _, chosen, *_ in episode:
+            _, memory = actor(obs.view(1, 1, N, -1), actions.view(1, 1, N), memory.unsqueeze(0))
+            actions, memory = chosen, memory[0]
+        assert torch.equal(last_actions[game], actions)
+        torch.testing.assert_close(hidden[game], memory)
+
+
+UNLEARNT = {"dop_stochastic": "--actor-lr=0", "coma": "--actor-lr=0", "qmix": "--lr=0"}
+
+
 @pytest.mark.parametrize("program", EPISODE)
 @pytest.mark.parametrize("env", ["toy", "toy_guided", "toy_lost"])
 def test_the_replay_and_the_agents_memory_hold_what_was_played(run, program, env):
-    """The actor does not learn here, so that its memory can be computed again."""
-    assert run("--lr" if program == "qmix" else "--actor-lr", "0", "--eval-every", "0", env=env)[0] == 0
-    episodes, running = [], [[] for _ in range(4)]  # of games, lists of steps
-    for step in Toy.last.log:
-        columns = [x for x in step if x is not None]
-        for game, (*played, truncated, broken) in enumerate(zip(*columns, strict=True)):
-            running[game].append(played)
-            if played[5] or truncated:
-                episodes += [] if broken else [running[game]]
-                running[game] = []
-    buffer, actor, (last_actions, hidden) = (Toy.program[x] for x in ("buffer", "actor", "memory"))
-    capacity = len(buffer.ring)
+    assert run(UNLEARNT[program], "--eval-every", "0", env=env)[0] == 0
+    episodes, running = played()
+    check_memory(running)
+    buffer, capacity = Toy.program["buffer"], len(Toy.program["buffer"].ring)
     assert buffer.n_episodes == len(episodes) > capacity
     for k, episode in [*enumerate(episodes)][-capacity:]:
         slot, length = buffer.ring[k % capacity], len(episode)
         assert buffer.length[slot] == length
         for column, name in enumerate("obs state avail_actions actions reward terminated".split()):
-            played = [x[column] for x in episode] + ([episode[-1][column + 6]] if column < 3 else [])
-            stored = buffer.steps[name][slot, : len(played)]
-            assert torch.equal(stored, torch.stack(played).to(stored.dtype))
-    for game, episode in enumerate(running):
-        actions, memory = torch.full((N,), -1), torch.zeros(hidden[game].shape)
-        for obs, _, _, played, *_ in episode:
-            _, memory = actor(obs.view(1, 1, N, -1), actions.view(1, 1, N), memory.unsqueeze(0))
-            actions, memory = played, memory[0]
-        assert torch.equal(last_actions[game], actions)
-        torch.testing.assert_close(hidden[game], memory)
+            rows = [x[column] for x in episode] + ([episode[-1][column + 6]] if column < 3 else [])
+            stored = buffer.steps[name][slot, : len(rows)]
+            assert torch.equal(stored, torch.stack(rows).to(stored.dtype))
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "needed"),
+    [
+        ("dop_stochastic", "--episodes-per-iteration=3", 6),
+        ("qmix", "--episodes-per-iteration=3", 6),
+        ("coma", "--batch-size=3", 3),
+    ],
+)
+@pytest.mark.parametrize("env", ["toy", "toy_together"])
+def test_three_new_episodes_start_an_iteration(run, program, flags, needed, env):
+    assert run(flags, "--eval-every", "0", env=env)[0] == 0
+    iterations, new, total = 0, 0, 0
+    for step in Toy.last.log:
+        ended = (step[5] | step[10]).sum().item()
+        new, total = new + ended, total + ended
+        if program == "coma":  # takes all that are new
+            iterations, new = iterations + (new >= 3), new * (new < 3)
+        else:
+            iterations, new = iterations + new // 3 * (total >= needed), new % 3
+    assert Toy.program["iteration"] == iterations > 7
+    if program == "coma" and env == "toy_together":
+        assert len(Toy.program["batch"].mask) == 4
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_network_is_learnt_at_its_own_rate(run, program):
+    learnt = {"optimizer": ("actor", "mixer")} if program == "qmix" else {}
+    learnt = learnt or {"actor_optimizer": ("actor",), "critic_optimizer": ("critic",)}
+    rates = {name: 0.001 * k for k, name in enumerate(learnt, 1)}
+    run(*(f"--{name.removesuffix('optimizer')}lr={rate}".replace("_", "-") for name, rate in rates.items()))
+    for name, networks in learnt.items():
+        (group,) = Toy.program[name].param_groups
+        parameters = [x for network in networks for x in Toy.program[network].parameters()]
+        assert group["lr"] == rates[name]
+        assert all(x is y for x, y in zip(group["params"], parameters, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -351,12 +401,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_games_that_cannot_be_saved_begin_anew_with_their_agents_memory(
     run, program, monkeypatch, trouble, count
 ):
-    flags = ("--save-replay", "--eval-every", "0")
+    flags = ("--save-replay", "--eval-every", "0", UNLEARNT[program])
     _, _, folder = run(*flags, env=f"toy_{trouble}")
     reset, resets = VecEnv.reset, []
     monkeypatch.setattr(VecEnv, "reset", lambda env, **more: resets.append(env) or reset(env, **more))
     code, out, _ = run("--resume", folder, "--total-timesteps", "480", env=None)
     assert code == 0 and "fills anew" not in out and len(resets) == count
+    check_memory(played()[1])
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
