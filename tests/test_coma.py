@@ -122,6 +122,7 @@ def critic_oracle(critic, state, obs, actions, last_actions, agent):
 @pytest.mark.parametrize("leading", [(7,), (2, 3)])
 def test_critic_equals_a_plain_network_on_the_joined_input(leading):
     critic, inputs = random_critic(), critic_inputs(*leading)
+    assert critic.fc1.out_features == critic.fc2.in_features == critic.fc2.out_features == 16
     q_values = critic(*inputs)
     assert q_values.shape == (*leading, N, A) and (inputs[3] == -1).any()
     for i in itertools.product(*map(range, leading)):
@@ -152,15 +153,19 @@ def learner(limit=5, **settings):
     return args, actor, critic, critic_target, optimizers, batch
 
 
-def iterate(parts):
+def iterate(parts, seed=0):
     """What `update` logs, and the gradients that it leaves."""
-    logs = coma.update(*parts, 0.3, torch.Generator().manual_seed(0))
+    logs = coma.update(*parts, 0.3, torch.Generator().manual_seed(seed))
     return logs, [x.grad for part in parts[1:3] for x in part.parameters()]
 
 
-@pytest.mark.parametrize("limit", [5, 1])
-def test_iteration_equals_a_loop_over_episodes_steps_and_agents(monkeypatch, limit):
+@pytest.mark.parametrize(("limit", "scale"), [(5, 1), (1, 1), (5, 1e5)])
+def test_iteration_equals_a_loop_over_episodes_steps_and_agents(monkeypatch, limit, scale):
+    """`scale` of what is learnt: where it is large both gradients are clipped."""
     parts = learner(limit)
+    parts[-1].reward.mul_(scale)
+    for network in parts[2:4]:
+        network.head.weight.data.mul_(scale)
     args, actor, critic, critic_target, _, batch = copy.deepcopy(parts)
     drawn, sample_actions = [], coma.sample_actions
     monkeypatch.setattr(coma, "sample_actions", lambda *x: (drawn.append(sample_actions(*x)), drawn[-1])[1])
@@ -198,6 +203,7 @@ def test_iteration_equals_a_loop_over_episodes_steps_and_agents(monkeypatch, lim
     slopes = torch.autograd.grad(loss, list(critic.parameters()))
     norm = torch.stack([x.norm() for x in slopes]).norm()
     torch.testing.assert_close(logs["grad_norm_critic"], norm)
+    assert scale == 1 or norm > 10
     for ours, slope in zip(gradients[-len(slopes) :], slopes, strict=True):
         torch.testing.assert_close(ours, slope * min(1, 10 / norm))
     for x, slope in zip(critic.parameters(), slopes, strict=True):
@@ -207,8 +213,12 @@ def test_iteration_equals_a_loop_over_episodes_steps_and_agents(monkeypatch, lim
         losses.append(-(q_values[action] - pi.detach() @ q_values) * pi[action].log())
     slopes = torch.autograd.grad(torch.stack(losses).mean(), list(actor.parameters()))
     torch.testing.assert_close(logs["actor_loss"].item(), torch.stack(losses).mean().item())
+    norm = torch.stack([x.norm() for x in slopes]).norm()
+    assert (norm > 10) == (scale > 1)
     for ours, slope in zip(gradients, slopes, strict=False):
-        torch.testing.assert_close(ours, slope)
+        torch.testing.assert_close(ours, slope * min(1, 10 / norm))
+    entropies = [-sum(p * math.log(p) for p in pi.tolist() if p > 0) for _, _, pi, _ in steps]
+    assert logs["entropy"].item() == pytest.approx(sum(entropies) / len(entropies))
 
 
 def test_termination_does_not_bootstrap_and_truncation_does():
@@ -232,6 +242,16 @@ def test_padding_is_worth_nothing():
     noisy_logs, noisy = iterate((*learner()[:-1], with_garbage(batch)))
     assert same(logs, noisy_logs)
     assert all(torch.equal(x, y) for x, y in zip(plain, noisy, strict=True))
+
+
+def test_minibatches_are_drawn():
+    critics = []
+    for seed in (0, 0, 1):
+        parts = learner(limit=1, critic_updates=3)
+        parts[-1].terminated[:] = True  # no joint actions are drawn for the last observations
+        iterate(parts, seed)
+        critics.append(parts[2].head.weight)
+    assert torch.equal(*critics[:2]) and not torch.equal(*critics[1:])
 
 
 def test_an_iteration_moves_actor_and_critic_but_not_the_target():
