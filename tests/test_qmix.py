@@ -140,6 +140,8 @@ def learner(lr=1e-3, same_targets=False, limit=9):
     """Arguments of `update` in float64: networks, optimiser and a batch of 7 episodes of various lengths."""
     torch.manual_seed(0)
     actor, actor_target = (make_actor().double() for _ in range(2))
+    for x in (actor, actor_target):
+        x.head.weight.data.mul_(10)  # so that the best action is now this one, now that
     mixer, mixer_target = random_mixer(1), random_mixer(2)
     if same_targets:
         actor_target, mixer_target = copy.deepcopy(actor), copy.deepcopy(mixer)
@@ -178,7 +180,7 @@ def targets_oracle(parts):
             if not batch.terminated[i, t]:
                 target += args.gamma * mixer_oracle(mixer_target, next_q, batch.state[i, t + 1])
             targets.append(target)
-    return torch.tensor(targets), torch.tensor(q_tots)
+    return torch.tensor([targets, q_tots], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("limit", [9, 1])
@@ -249,3 +251,17 @@ def test_a_step_moves_the_live_networks_only_and_is_clipped():
 
 
 # ---- the program ----
+def test_numbers_of_the_paper(parse):
+    args = parse("--setting", "paper")
+    numbers = (args.num_envs, args.episodes_per_iteration, args.target_period, args.buffer_size)
+    assert numbers == (1, 1, 200, 5000)
+    assert (args.epsilon_start, args.epsilon_end, args.epsilon_steps) == (1.0, 0.05, 50_000)
+
+
+def test_a_batch_is_drawn_from_the_whole_replay(run):
+    """Of 20 episodes, not of the latest 6 only: two draws of 6 have other ones."""
+    assert run("--eval-every", "0")[0] == 0
+    batch, buffer = Toy.program["batch"], Toy.program["buffer"]
+    latest = (buffer.n_episodes - 1 - torch.arange(6)) % 20
+    lengths = buffer.length[buffer.ring[latest]].tolist()
+    assert len(batch.mask) == 6 and sorted(batch.length) != sorted(lengths)
