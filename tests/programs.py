@@ -335,6 +335,16 @@ def gradients_of(monkeypatch, module, parts, **options):
         return module.update(*parts, seeded(), **options), *seen
 
 
+def clipping_norms(monkeypatch, module, *arguments):
+    """The norms at which `update` clips the gradients of the critic and of the actor, without any step."""
+    norms = []
+    monkeypatch.setattr(
+        module, "descend", lambda optimizer, loss, norm: norms.append(norm) or torch.zeros(())
+    )
+    module.update(*arguments)
+    return norms
+
+
 def check_update(module, parts, train_actor):
     """Critics move, and only if `train_actor` actors too, and targets by a quarter of the way."""
     before = [[x.clone() for x in part.parameters()] for part in parts[1:5]]

@@ -9,10 +9,12 @@ from programs import (
     D,
     N,
     check_update,
+    clipping_norms,
     for_critics,
     games,
     gradients_of,
     random_transitions,
+    seeded,
     slow_net,
     slow_policy,
 )
@@ -73,6 +75,7 @@ def test_weights_are_a_distribution_over_agents():
 def test_a_local_critic_is_a_plain_network_of_state_and_own_action(double):
     torch.manual_seed(0)
     critic, state, actions = make_critic(), torch.randn(4, S), torch.randn(4, N, D)
+    assert [x.shape[1:] for x in critic.weights] == [(S + D, 8), (8, 8), (8, 1)]
     q, _, _ = critic(state, actions.requires_grad_())
     for i in range(N):
         expected = torch.cat([slow_net(critic, i, state[b], actions[b, i]) for b in range(4)])
@@ -241,12 +244,16 @@ def test_discrete_policies_learn_from_their_own_samples(monkeypatch):
     assert all(x.any() for grad in grads for x in grad)
 
 
+def test_both_gradients_are_clipped(monkeypatch):
+    assert clipping_norms(monkeypatch, dop, *learner(max_grad_norm=0.3), seeded()) == [0.3, 0.3]
+
+
 # ---- the program ----
 def test_numbers_of_the_paper_in_every_task(parse):
-    names = "buffer_size batch_size actor_lr critic_lr critic_hidden_dim num_envs update_every".split()
+    names = "buffer_size batch_size actor_lr critic_lr critic_hidden_dim num_envs update_every tau".split()
     for setting, numbers in (
-        ("paper", [250_000, 1024, 5e-4, 5e-4, 256, 1, 1]),
-        ("appendix", [10_000, 1250, 5e-3, 5e-3, 256, 1, 1]),
+        ("paper", [250_000, 1024, 5e-4, 5e-4, 256, 1, 1, 0.01]),
+        ("appendix", [10_000, 1250, 5e-3, 5e-3, 256, 1, 1, 0.01]),
     ):
         for env in ("aim", "aggregation", "mill"):
             args = parse("--env", env, "--setting", setting)

@@ -14,6 +14,7 @@ from programs import (
     N,
     check_update,
     checkpoint,
+    clipping_norms,
     for_critics,
     games,
     gradients_of,
@@ -212,29 +213,14 @@ def test_actors_and_targets_may_wait_and_the_critic_does_not(discrete, train_act
     check_update(maddpg, learner(discrete, tau=0.25), train_actor)
 
 
+def test_both_gradients_are_clipped(monkeypatch):
+    assert clipping_norms(monkeypatch, maddpg, *learner(max_grad_norm=0.3), seeded()) == [0.3, 0.3]
+
+
 # ---- the program ----
 def test_a_battle_runs(run):
     code, out, folder = run("--total-timesteps", "320", "--eval-episodes", "2", env="3M")
     assert code == 0 and "win_rate" in out and checkpoint(folder)["iteration"] == (320 - 100) // 8 + 1
-
-
-def test_noise_is_forgotten_where_an_episode_ends(run):
-    run("--num-envs", "64", "--total-timesteps", "640", "--eval-every", "0")
-    terminated, truncated = (Aim.last.log[-1][x] for x in (5, 10))
-    memory = Aim.program["memory"].flatten(1)
-    assert torch.equal((memory == 0).all(1), terminated | truncated) and 0 < terminated.sum() < 64
-
-
-@pytest.mark.parametrize("warmup_actions", ["untrained", "uniform"])
-def test_who_acts_during_the_warmup(run, warmup_actions):
-    """Without noise and learning, the untrained policies repeat themselves."""
-    flags = f"--noise-sigma 0 --actor-lr 0 --warmup-steps 200 --warmup-actions {warmup_actions}"
-    run(*flags.split())
-    actor = Aim.program["actor"]
-    same_as_policy = [
-        torch.allclose(row[3], maddpg.act(actor, row[0], None)[0], atol=1e-5) for row in Aim.last.log
-    ]
-    assert same_as_policy == [warmup_actions == "untrained"] * 50 + [True] * 50
 
 
 def test_an_untrained_policy_plays_the_first_action_as_often_as_the_environment_asks(run):

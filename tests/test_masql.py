@@ -15,6 +15,7 @@ from programs import (
     J,
     N,
     catch_gradients,
+    clipping_norms,
     for_critics,
     games,
     rand,
@@ -195,10 +196,10 @@ def test_a_sampler_depends_on_its_own_parameters_observation_and_noise_only():
 
 
 # ---- one update ----
-def learner(rows=range(5)):
+def learner(rows=range(5), **settings):
     """The arguments of `update` up to alpha, with transitions between the states of these numbers."""
     torch.manual_seed(0)
-    args = masql.Args(particles=3, value_samples=4, gamma=0.9, reward_scale=0.5, hidden_dim=8)
+    args = masql.Args(particles=3, value_samples=4, gamma=0.9, reward_scale=0.5, hidden_dim=8, **settings)
     actor = make_actor(8)
     critic, critic_target = (masql.Critic(games(discrete=False), args) for _ in range(2))
     optimizers = [torch.optim.SGD(x.parameters(), lr=1e-2) for x in (actor, critic)]
@@ -208,6 +209,10 @@ def learner(rows=range(5)):
     reward, terminated = torch.randn(B), torch.arange(B) % 3 == 0
     batch = masql.Batch(obs, state, None, actions, reward, terminated, next_obs, next_state, None)
     return args, actor, critic, critic_target, optimizers, batch
+
+
+def test_both_gradients_are_clipped(monkeypatch):
+    assert clipping_norms(monkeypatch, masql, *learner(max_grad_norm=0.3), 0.3, seeded()) == [0.3, 0.3]
 
 
 def test_update_equals_a_loop_over_transitions_agents_and_particles(double, monkeypatch):

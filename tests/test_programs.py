@@ -224,6 +224,28 @@ def test_every_network_is_learnt_at_its_own_rate(run, program):
         assert all(x is y for x, y in zip(group["params"], parameters, strict=True))
 
 
+@pytest.mark.parametrize("program", ["maddpg", "dop_deterministic"])
+def test_noise_is_forgotten_where_an_episode_ends(run, program):
+    run("--num-envs", "64", "--total-timesteps", "640", "--eval-every", "0")
+    terminated, truncated = (Aim.last.log[-1][x] for x in (5, 10))
+    memory = Aim.program["memory"].flatten(1)
+    assert torch.equal((memory == 0).all(1), terminated | truncated) and 0 < terminated.sum() < 64
+
+
+@pytest.mark.parametrize("program", ["maddpg", "dop_deterministic"])
+@pytest.mark.parametrize("warmup_actions", ["untrained", "uniform"])
+def test_who_acts_during_the_warmup(run, program, warmup_actions):
+    """Without noise and learning, the untrained policies repeat themselves."""
+    flags = f"--noise-sigma 0 --actor-lr 0 --warmup-steps 200 --warmup-actions {warmup_actions}"
+    _, _, folder = run(*flags.split())
+    for more in ((), ("--resume", folder, "--total-timesteps", "800")):  # the replay fills anew
+        if more:
+            run(*more, env=None)
+        act, actor = Aim.program["act"], Aim.program["actor"]
+        follows = [torch.allclose(row[3], act(actor, row[0], None)[0], atol=1e-5) for row in Aim.last.log]
+        assert follows == [warmup_actions == "untrained"] * 50 + [True] * 50
+
+
 @pytest.mark.parametrize(
     ("program", "flags"),
     [
@@ -346,6 +368,7 @@ def test_a_killed_run_with_its_replay_goes_on_to_the_bit(run, program, tmp_path)
     env, killed = "spread" if program in STEP else "spread,discrete=True", random.randrange(60, 120)
     flags = ["--save-replay", "--save-every", "220", "--total-timesteps", "800", "--eval-every", "400"]
     flags += ["--log-every", "320"]  # within episodes
+    flags += ["--buffer-size", "300"] if program in STEP else []  # the oldest steps drop out
     _, _, whole = run(*flags, env=env)
     words = [MODULES[program].__file__, "--env", env, *SMALL[program].split(), *flags]
     words = [*words, "--run-dir", str(tmp_path / "killed"), "--device", "cpu"]
