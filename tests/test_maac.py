@@ -273,14 +273,10 @@ def test_a_lone_agent_in_a_lone_game_learns(run):
     assert run("--num-envs", "1", "--total-timesteps", "200", env="cdm,n_agents=1")[0] == 0
 
 
-def test_settings_reach_networks_and_optimisers_and_targets_start_as_copies(run):
-    flags = "--warmup-steps 500 --critic-dim 24 --heads 2 --actor-lr 0.002 --critic-lr 0.003"
-    state = checkpoint(run(*flags.split(), "--critic-weight-decay", "0.004")[2])
+def test_settings_reach_networks_and_targets_start_as_copies(run):
+    state = checkpoint(run(*"--warmup-steps 500 --critic-dim 24 --heads 2".split())[2])
     assert Aim.program["critic"].heads == 2 and state["critic"]["query.weight"].shape == (24, 24)
-    for name, lr, weight_decay in (("actor", 2e-3, 0), ("critic", 3e-3, 4e-3)):
-        (group,) = state[f"{name}_optimizer"]["param_groups"]
-        assert (group["lr"], group["weight_decay"]) == (lr, weight_decay)
-        assert same(state[name], state[f"{name}_target"])
+    assert all(same(state[name], state[f"{name}_target"]) for name in ("actor", "critic"))
 
 
 def test_numbers_of_the_official_code(parse):

@@ -129,10 +129,12 @@ def test_update_equals_a_loop_over_transitions_and_agents(
     double, monkeypatch, discrete, others, per_agent, team_reward
 ):
     # soft samples without noise, whose loop needs no luck
-    monkeypatch.setattr(maddpg, "gumbel_softmax", lambda logits, generator: logits.softmax(-1))
+    soft, drawn = lambda logits, generator: drawn.append(logits) or logits.softmax(-1), []
+    monkeypatch.setattr(maddpg, "gumbel_softmax", soft)
     parts = learner(discrete, team_reward, critic_per_agent=per_agent, others_actions=others)
     args, actor, critic, actor_target, critic_target, _, batch = parts
     logs, (critic_loss, critic_grads), (actor_loss, actor_grads) = gradients_of(monkeypatch, maddpg, parts)
+    assert len(drawn) == 2 * discrete  # of next actions, and of own ones
     B, weights, targets = len(batch.obs), list(actor.parameters()), []
     loss, objective, ascent = 0, 0, [torch.zeros_like(x) for x in weights]
     for b in range(B):

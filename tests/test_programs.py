@@ -216,11 +216,13 @@ def test_every_network_is_learnt_at_its_own_rate(run, program):
     learnt = {"optimizer": ("actor", "mixer")} if program == "qmix" else {}
     learnt = learnt or {"actor_optimizer": ("actor",), "critic_optimizer": ("critic",)}
     rates = {name: 0.001 * k for k, name in enumerate(learnt, 1)}
-    run(*(f"--{name.removesuffix('optimizer')}lr={rate}".replace("_", "-") for name, rate in rates.items()))
+    flags = [f"--{x.removesuffix('optimizer')}lr={rate}".replace("_", "-") for x, rate in rates.items()]
+    decays = {"critic_optimizer": 0.004} if program in ("maddpg", "maac") else {}
+    run(*flags, *("--critic-weight-decay=0.004" for _ in decays))
     for name, networks in learnt.items():
         (group,) = Toy.program[name].param_groups
         parameters = [x for network in networks for x in Toy.program[network].parameters()]
-        assert group["lr"] == rates[name]
+        assert (group["lr"], group["weight_decay"]) == (rates[name], decays.get(name, 0))
         assert all(x is y for x, y in zip(group["params"], parameters, strict=True))
 
 
