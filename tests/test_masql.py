@@ -20,6 +20,7 @@ from programs import (
     games,
     rand,
     same,
+    scalars,
     seeded,
     slow_net,
 )
@@ -294,6 +295,13 @@ def test_buffer_keeps_the_latest_rows_together():
 
 
 # ---- the program ----
+def test_alpha_falls_as_told(run):
+    flags = "--anneal-start 100 --anneal-steps 200 --alpha-end 0.1"
+    for annealing, alpha in (("linear", 0.55), ("exponential", 0.1**0.5), ("instant", 0.1)):
+        curve = dict(scalars(run(*flags.split(), "--annealing", annealing)[2])["charts/alpha"])
+        assert curve[200] == pytest.approx(alpha, abs=0.03)  # halfway, but for a step
+
+
 def test_numbers_of_the_paper(parse):
     args = parse()
     numbers = (args.total_timesteps, args.warmup_steps, args.reward_scale, args.hidden_dim)

@@ -158,13 +158,16 @@ def played():
 def check_memory(running):
     """The agents' memory is what the actor makes of the steps of the running games."""
     actor, (last_actions, hidden) = Toy.program["actor"], Toy.program["memory"]
+    explored = False
     for game, episode in enumerate(running):
         actions, memory = torch.full((N,), -1), torch.zeros(hidden[game].shape)
-        for obs, _, _, chosen, *_ in episode:
-            _, memory = actor(obs.view(1, 1, N, -1), actions.view(1, 1, N), memory.unsqueeze(0))
+        for obs, _, legal, chosen, *_ in episode:
+            scores, memory = actor(obs.view(1, 1, N, -1), actions.view(1, 1, N), memory.unsqueeze(0))
+            explored |= not torch.equal(chosen, scores[0, 0].masked_fill(~legal, -math.inf).argmax(-1))
             actions, memory = chosen, memory[0]
         assert torch.equal(last_actions[game], actions)
         torch.testing.assert_close(hidden[game], memory)
+    assert explored
 
 
 UNLEARNT = {"dop_stochastic": "--actor-lr=0", "coma": "--actor-lr=0", "qmix": "--lr=0"}
@@ -278,6 +281,8 @@ def test_targets_are_copied_every_period(run, program):
     never, unlearnt = (checkpoint(run("--target-period", "1000", *x)[2]) for x in ((), (flag, "0")))
     for (live, target), (start, _) in zip(targets(never), targets(unlearnt), strict=True):
         assert same(target, start) and not same(live, start)
+    last = str(never["iteration"])
+    assert all(same(*pair) for pair in targets(checkpoint(run("--target-period", last)[2])))
 
 
 @pytest.mark.parametrize("program", ["maddpg", "dop_deterministic", "maac"])
@@ -319,6 +324,18 @@ def test_same_seed_same_numbers_and_evaluation_does_not_disturb(run, program, en
         all(same(first[part], x[part]) for part in (*PARTS[program], "generator", "env")) for x in others
     ]
     assert equal == [True, True, False]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_training_explores_and_evaluations_do_not(run, program):
+    """With policies that stay as they are, so that evaluations repeat the same games."""
+    still = [UNLEARNT[program]] if program in EPISODE else ["--warmup-steps", "1000"]
+    _, _, folder = run(*still, "--eval-every", "80")
+    returns = [x for _, x in scalars(folder)["eval/episodic_return"]]
+    assert len(returns) == 5 and len(set(returns)) == 1
+    if program in STEP:
+        act, actor = Aim.program["act"], Aim.program["actor"]
+        assert not any(torch.equal(row[3], act(actor, row[0], None)[0]) for row in Aim.last.log)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -475,9 +492,12 @@ FIXED |= {"hyper_dim": "5", "off_policy_size": "77"}
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_replay_that_was_not_saved_fills_anew_and_the_run_says_so(run, program):
     _, out, folder = run()
-    assert "fills anew" not in out and "buffer" not in checkpoint(folder)
-    _, out, _ = run("--resume", folder, "--total-timesteps", "480", env=None)
+    before = checkpoint(folder)
+    assert "fills anew" not in out and "buffer" not in before
+    _, out, _ = run("--resume", folder, "--total-timesteps", "520", env=None)
     assert "resumed at step 400; the replay fills anew" in out
+    if program in STEP:  # the warmup of 100 steps comes again, then an update every 8
+        assert checkpoint(folder)["iteration"] == before["iteration"] + 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
