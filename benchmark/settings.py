@@ -61,6 +61,8 @@ def main(argv=None):
                 seeds, median = reached(report)
                 after = f", after {median} steps" if median != "-" else ""
                 after += " in the median" if after and len(report["runs"]) > 1 else ""
+                since = reached(report, stays=True)[1]
+                after += f" (and stays there from {since})" if since not in ("-", median) else ""
                 told.append(
                     f"{name}, on {task}: {seeds.split(' (')[0]} within {length(report):,} steps{after}"
                 )

@@ -56,8 +56,9 @@ LEGEND = f"""A score is the mean win rate of a seed after 80% of the steps: of g
 exploring policies while they train (each method explores in its own way, so that compares a method with
 itself). First at the steps that all sets of a table have; then, where some are longer, at a set's own end.
 Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
-{TARGET:g}, and the median of the steps that it took, where over half of them got there. At {TARGET:g} to the
-end: seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
+{TARGET:g}, and the median of the steps that it took, where over half of them got there. Stays from: the same
+of the first such evaluation from which on the mean of all is at least that too. At {TARGET:g} to the end:
+seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
 Return: greedy, after 80% of the steps, median of seeds; on SMAC a win is worth about 20, and where nobody
 wins it tells how much damage is done. Entropy: of the policies at the end, median. Minutes: of a run on
 one core, evaluations included, median; the machine's other core was mostly busy too. They compare only
@@ -118,13 +119,18 @@ def length(report):
     return report["summary"]["steps"]["min"]
 
 
-def reached(report):
-    """'2 of 3 (21 to 94%)' and the median steps to the first evaluation of at least TARGET; '-' of none."""
+def reached(report, stays=False):
+    """'2 of 3 (21 to 94%)' and the median steps to the first evaluation of at least TARGET; '-' of none.
+
+    stays: to the first one that is, and the mean of it and all later ones too.
+    """
     if not scores(report, "greedy", np.inf):
         return "-", "-"
-    curves = [run["curves"]["eval/win_rate"] for run in report["runs"]]
-    points = [zip(curve["step"], curve["value"], strict=True) for curve in curves]
-    first = [next((step for step, value in curve if value >= TARGET), np.inf) for curve in points]
+    first = []
+    for run in report["runs"]:
+        steps, values = run["curves"]["eval/win_rate"].values()
+        late = [min(x, statistics.fmean(values[k:])) if stays else x for k, x in enumerate(values)]
+        first.append(next((step for step, x in zip(steps, late, strict=True) if x >= TARGET), np.inf))
     median = statistics.median(first)
     return success_rate([step < np.inf for step in first]), f"{median:,.0f}" if median < np.inf else "-"
 
@@ -134,7 +140,8 @@ def table_of(reports):
     limit, end = min(map(length, reports.values())), max(map(length, reports.values()))
     header = ["", "seeds", f"greedy at {limit:,} steps", "exploring"]
     header += ["its own end", "greedy", "exploring"] if end > limit else []
-    more = f"worst, reached {TARGET:g}, median steps, at {TARGET:g} to the end, return, entropy, minutes"
+    more = f"worst, reached {TARGET:g}, median steps, stays from"
+    more += f", at {TARGET:g} to the end, return, entropy, minutes"
     header += more.split(", ")
     return markdown_table(header, [row(label, x, limit, end > limit) for label, x in reports.items()])
 
@@ -149,7 +156,7 @@ def row(label, report, limit, with_end):
     cells += [iqm_of(scores(report, kind, limit)) for kind in TAGS]
     cells += [f"{end:,}", *(iqm_of(scores(report, kind, end)) for kind in TAGS)] if with_end else []
     last = scores(report, "greedy", end)
-    cells += [f"{min(last):.2f}" if last else "-", *reached(report)]
+    cells += [f"{min(last):.2f}" if last else "-", *reached(report), reached(report, stays=True)[1]]
     cells.append(success_rate([x >= TARGET for x in last]) if last else "-")
     returns = [run["summary"]["last_fifth_return"] for run in report["runs"]]
     cells.append("-" if None in returns else f"{statistics.median(returns):.1f}")
