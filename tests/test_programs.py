@@ -387,7 +387,7 @@ def test_a_killed_run_with_its_replay_goes_on_to_the_bit(run, program, tmp_path)
     env, killed = "spread" if program in STEP else "spread,discrete=True", random.randrange(60, 120)
     flags = ["--save-replay", "--save-every", "220", "--total-timesteps", "800", "--eval-every", "400"]
     flags += ["--log-every", "320"]  # within episodes
-    flags += ["--buffer-size", "300"] if program in STEP else []  # the oldest steps drop out
+    flags += ["--buffer-size", "150"] if program in STEP else []  # the oldest steps drop out
     _, _, whole = run(*flags, env=env)
     words = [MODULES[program].__file__, "--env", env, *SMALL[program].split(), *flags]
     words = [*words, "--run-dir", str(tmp_path / "killed"), "--device", "cpu"]
