@@ -40,9 +40,9 @@ leave it once found, nor does MAAC. But with equal replay and rates MADDPG never
 seeds as deterministic DOP, whose preset has slower actors: between these two replay and rates, which were
 changed together, seem to decide, not the decomposition. Networks, batches, discount, policy delay and the
 targets' share are each method's own. Under "equal" DOP, QMIX and COMA, which has no replay, would have what
-their presets say, so that their sets of "guided" stand for both. MAAC has few seeds because its runs
-took long; the paper's learns by Gumbel-softmax samples, ours, as in its own paper, by the score function.
-Episodes have one step, so tree backup and TD(lambda) are not exercised."""
+their presets say, so that their sets of "guided" stand for both. The paper's MAAC learns by Gumbel-softmax
+samples, ours, as in its own paper, by the score function. Episodes have one step, so tree backup and
+TD(lambda) are not exercised."""
 LEGEND = f"""An evaluation returns 10 or -10. Found: 10 in at least one. Held: 10 in each of the last {LAST}.
 Lost: found and not held. Never left: 10 in each evaluation after the first with 10. Numbers of seeds, with
 Wilson's 95% interval; so are the bands in the figure."""
