@@ -460,6 +460,18 @@ def test_json_survives_a_round_trip(tmp_path):
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == content
 
 
+def test_a_target_is_met_in_the_precision_of_the_curves():
+    curves = {"eval/win_rate": [[100], [torch.tensor(0.9).item()], [50.0]]}  # a little less than 0.9
+    assert summarise(curves, 0.0, "eval/win_rate", 0.9)["step_to_target"] == 100
+
+
+def test_returns_are_those_of_evaluations_where_there_are_some():
+    curves = {f"{x}/episodic_return": [[1], [value], [0.0]] for x, value in (("charts", 5.0), ("eval", 7.0))}
+    assert summarise(curves, 0.0, "eval/win_rate", 0.9)["final_return"] == 7
+    del curves["eval/episodic_return"]
+    assert summarise(curves, 0.0, "eval/win_rate", 0.9)["last_fifth_return"] == 5
+
+
 # ---- scripted teams ----
 def test_scripted_layout_matches_the_observation():
     """What a script reads is where the environment puts it, with and without shields and types."""

@@ -79,3 +79,21 @@ def test_wilsons_interval():
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     assert stats.wilson(7, 20) == pytest.approx((middle - half, middle + half))
     assert stats.success_rate([True] * 7 + [False] * 13) == "7 of 20 (18 to 57%)"
+
+
+def test_intervals_of_unlike_numbers_are_those_of_rliable_where_they_are_alike():
+    full = np.random.default_rng(5).normal(size=(8, 3))
+    (_, ours), (_, theirs) = (stats.estimate(stats.iqm, scores) for scores in (list(full.T), full))
+    np.testing.assert_allclose(ours, theirs, atol=0.04)
+
+
+def test_a_map_is_resampled_as_often_as_it_has_runs():
+    # of 0 and 2 both draws are 0 in a quarter of the samples, and both 2 in another
+    value, limits = stats.estimate(
+        lambda scores: scores.mean(keepdims=True)[0], [np.array([0.0, 2.0]), np.zeros(8)]
+    )
+    assert value == [0.5] and limits.ravel().tolist() == [0, 1]
+
+
+def test_an_interval_where_one_map_has_one_run():
+    assert stats.between(stats.iqm, [np.array([2.0]), np.array([1.0, 3.0])]) == "2.00 [1.50, 2.50]"

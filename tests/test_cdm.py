@@ -184,3 +184,19 @@ def test_render():
     assert green > red
     env.reset()
     assert (env.render() == empty).all()
+
+
+def test_the_end_of_guidance_is_saved():
+    env, other = (make("cdm,guided_share=1.0,guided_steps=1000") for _ in range(2))
+    env.reset(options={"evaluation": True})
+    other.reset()
+    other.load_state_dict(env.state_dict())
+    assert not other.guided
+
+
+def test_a_negative_action_is_refused():
+    env, actions = make("cdm", num_envs=2), torch.ones(2, 10, dtype=torch.int64)
+    env.reset()
+    actions[1, 7] = -1
+    with pytest.raises(ValueError, match="game 1, agent 7: action -1 is not allowed"):
+        env.step(actions)

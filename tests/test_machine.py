@@ -131,6 +131,13 @@ def test_free_memory_where_nobody_tells(monkeypatch):
     assert machine.free_memory() == 2**62
 
 
+def test_free_memory_of_a_container(monkeypatch):
+    """The limit of its group, less what it uses, of which idle pages of files are given back first."""
+    texts = {"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 600\ninactive_file 300\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self: texts.get(self.name, "max"))
+    assert machine.free_memory() == 400
+
+
 def test_free_memory_is_less_than_what_the_machine_has():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 2**20 < machine.free_memory() <= total
@@ -170,6 +177,17 @@ def test_streams_are_saved_and_a_state_of_another_device_is_left_alone():
     assert torch.equal(torch.rand(3, generator=other), torch.rand(3, generator=Stream("cpu").manual_seed(4)))
     other.load_state_dict(state)
     assert torch.equal(torch.rand(3, generator=other), drawn)
+
+
+def test_a_point_of_the_charts_is_of_the_episodes_since_the_former_one(tmp_path):
+    log, points = machine.Log(tmp_path, SimpleNamespace(total_timesteps=9, eval_every=3), 0, {}), []
+    log.writer.add_scalar = lambda *point: points.append(point)
+    for step, value in ((1, 2.0), (2, 4.0)):
+        log.add(1, {"win_rate": torch.tensor([9.0, value])}, torch.tensor([1]))
+        log.training(step, 0.5, {})
+    log.close()
+    values = {tag: [y for x, y, _ in points if x == tag] for tag, *_ in points}
+    assert values["charts/win_rate"] == [2, 4] and values["charts/SPS"] == [2, 4]
 
 
 # ---- evaluations ----

@@ -12,7 +12,7 @@ from mpe2._mpe_utils.core import Agent
 from mpe2._mpe_utils.core import World as ReferenceWorld
 
 from envs import make
-from envs.mpe import PUSHES, TURNS, Aggregation, Mill, Spread, World, contact_forces, move
+from envs.mpe import PUSHES, TURNS, Aggregation, Mill, Spread, World, _Canvas, contact_forces, move
 
 TASKS = [Spread, Aggregation, Mill]
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -269,7 +269,91 @@ def test_mill_random_team_never_wins():
     assert not info["battle_won"].any() and 0.008 < paid.float().mean() < 0.025
 
 
+def test_mill_by_discrete_actions():
+    env = build(Mill, 3, discrete=True)
+    env.reset()
+    *_, info = env.step(torch.tensor([[0], [1], [2]]).expand(3, 10))
+    # counter-clockwise, nothing, and clockwise, which is positive
+    torch.testing.assert_close(info["final_obs"][:, 0, 0], torch.tensor([-0.4, 0.0, 0.4]))
+
+
+@pytest.mark.parametrize(
+    "force, arguments, length, episode_return",
+    [
+        (0.75, {}, 10, 37),  # a speed of 30 after the first step, which is not above it: not paid
+        (1.0, {"n_agents": 25, "end_on_win": True}, 2, 16),  # 100 after the first: not won yet
+    ],
+)
+def test_a_speed_has_to_be_above_its_mark(force, arguments, length, episode_return):
+    env = build(Mill, **arguments)
+    env.reset()
+    for step in range(1, length + 1):
+        _, _, terminated, _, info = env.step(shove(env, force))
+        assert terminated.item() == (step == length)
+    assert info["episode_return"].item() == episode_return and info["battle_won"].item()
+
+
 # ---- all tasks ----
+@pytest.mark.parametrize("task", [Spread, Aggregation])
+def test_everybody_begins_in_the_square_from_minus_1_to_1(task):
+    env = build(task, 5000)
+    env.reset()
+    for points in (env._scene.pos, env._scene.landmark):
+        assert -1 <= points.min() < -0.99 and 0.99 < points.max() <= 1 and abs(points.mean()) < 0.02
+
+
+def test_bounds_of_arguments_are_allowed():
+    assert make("mill,n_agents=1000").n_agents == 1000
+    assert [make(f"spread,local_ratio={x}")._local_ratio for x in (0, 1)] == [0, 1]
+
+
+def test_seed_0_is_a_seed_too():
+    env = build(Aggregation, 3, 5)
+    env.reset()
+    assert torch.equal(env.reset(seed=0)[0], build(Aggregation, 3, 0).reset()[0])
+
+
+def test_a_picture_of_the_mill_turns_clockwise():
+    env = build(Mill, n_agents=1)
+    env.reset()
+    env._scene = env._scene._replace(angle=torch.full((1,), math.pi / 2))
+
+    def pixels(force, *points):
+        env.step(shove(env, force))
+        picture = env.render()
+        return [
+            picture[round((1.3 - y) * 480 / 2.6) + 32, round((x + 1.3) * 480 / 2.6)].tolist()
+            for x, y in points
+        ]
+
+    mark, stone, arrow = [38, 40, 44], [120, 116, 110], [96, 224, 92]
+    assert pixels(0.0, (0.4, 0), (-0.4, 0)) == [mark, stone]  # a quarter from the top
+    assert pixels(1.0, (0.12, 0.66), (-0.12, 0.66)) == [arrow, [38, 40, 44]]  # at the top, to the right
+
+
+def test_who_touch_each_other_are_red_in_a_picture():
+    env = build(Spread)
+    env.reset()
+    pos = torch.tensor([[[0.0, 0.0], [0.2, 0.0], [0.8, 0.8]]], dtype=torch.float64)
+    env._scene = env._scene._replace(pos=pos, landmark=torch.full((1, 3, 2), -0.9, dtype=torch.float64))
+    env.step(torch.zeros(1, 3, 2))
+    picture = env.render()
+    colours = [
+        picture[round((1.2 - y) * 200) + 32, round((x + 1.2) * 200)].tolist() for x, y in pos[0].tolist()
+    ]
+    assert colours == [[228, 66, 56], [228, 66, 56], [64, 128, 245]]
+
+
+def test_pictures_tell_how_it_ended(monkeypatch):
+    monkeypatch.setattr(_Canvas, "picture", lambda self, *words: words)
+    env = build(Mill)
+    env.reset()
+    for force, told in ((1.0, ("return 40.0", "won")), (-1.0, ("return -10.0", "lost"))):
+        for _ in range(10):
+            env.step(shove(env, force))
+        assert env.render() == (f"mill   step 10   {told[0]}", told[1])
+
+
 @pytest.mark.parametrize(
     "task, n_agents, obs_dim, state_dim, limit, dims, choices",
     [(Spread, 3, 18, 18, 25, 2, 5), (Aggregation, 5, 15, 23, 25, 2, 5), (Mill, 10, 14, 5, 10, 1, 3)],

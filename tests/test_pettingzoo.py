@@ -217,6 +217,13 @@ def test_padding_masks_and_agents_that_leave(build):
     check(obs, env.state(), env.avail_actions(), 0)  # the next episode of the same random stream
 
 
+def test_seed_0_is_a_seed_too(build):
+    env = build(TOY, num_envs=2, seed=3)
+    env.reset()
+    start = [np.random.default_rng(seed).integers(100) for seed in seeds(0, 2)]
+    assert env.reset(seed=0)[0][:, 0, 0].tolist() == start
+
+
 def test_continuous_actions_are_padded_and_in_their_true_bounds(build):
     env = build(TOY, kind="continuous")
     low = [[-1, -1, -1], [0, 0, 0], [-1, -1, -1]]
@@ -461,3 +468,21 @@ def test_out_and_in_again(build, env_id):
     assert torch.equal(info["final_obs"], info_again["final_obs"])
     assert torch.equal(info["final_state"], info_again["final_state"])
     assert back.render().shape == ours.render().shape
+
+
+def test_who_writes_into_what_it_got_changes_no_game():
+    env = to_pettingzoo("3m")
+    _, infos = env.reset()
+    infos["agent_0"]["action_mask"][:] = 1
+    env.step(dict.fromkeys(env.agents, 0))  # not allowed, so others are played in its place
+    env = to_pettingzoo("quadratic")
+    obs, _ = env.reset()
+    obs["agent_0"] += 5
+    env.state()[:] = 5
+    assert env.reset()[0]["agent_0"] == 0 and env.state().tolist() == [0, 1]
+
+
+def test_options_of_a_reset_go_in():
+    env = to_pettingzoo("cdm,guided_share=1.0,guided_steps=1000")
+    env.reset(options={"evaluation": True})
+    assert set(env.step(dict.fromkeys(env.agents, 1))[1].values()) == {-10}  # not guided

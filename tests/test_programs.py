@@ -457,6 +457,12 @@ def test_games_that_cannot_be_saved_begin_anew_with_their_agents_memory(
         assert Toy.program["new_episodes"] == len(episodes) < 4 and old > 0
 
 
+@pytest.mark.parametrize("program", ["coma"])
+def test_an_environment_in_capitals_is_the_same(run, program):
+    _, _, folder = run()
+    assert run("--resume", folder, "--env", "TOY", "--total-timesteps", "480", env=None)[0] == 0
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_a_resumed_run_cannot_do(run, program):
     _, _, folder = run("--total-timesteps", "40", "--eval-every", "0")
@@ -547,6 +553,16 @@ def test_play_plays_greedily_and_prints_a_line(run, play, program):
     del state["env"]
     torch.save(state, file)
     assert play(folder)[0] == f"play.py: {file} does not fit: 'env'"
+
+
+@pytest.mark.parametrize("program", ["coma"])
+def test_play_takes_no_more_games_than_the_environment_bears_unless_told(run, play, program, monkeypatch):
+    _, _, folder = run()
+    made, make = [], envs.make
+    monkeypatch.setattr(envs, "settings_for", lambda env_id: {"eval_episodes": 2})
+    monkeypatch.setattr(envs, "make", lambda *x, **more: made.append(x[1]) or make(*x, **more))
+    assert play(folder)[0] == 0 and play(folder, "--episodes", "3")[0] == 0
+    assert made == [2, 3]
 
 
 @pytest.mark.parametrize("program", ["maddpg"])

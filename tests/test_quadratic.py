@@ -172,3 +172,16 @@ def test_keywords_only_where_the_class_has_them():
     with pytest.raises(ValueError, match="quadratic has no argument 'discrete'"):
         make("quadratic", discrete=True)
     assert isinstance(make("mill", discrete=True).single_action_space, spaces.MultiDiscrete)
+
+
+def test_a_picture_has_its_axes_where_they_belong():
+    env = make("quadratic,x1=-5,y1=5,x2=5,y2=-5")
+    env.reset()
+    picture = env.render()
+
+    def at(a1, a2):
+        return picture[round(10 + 137 * (1 - a2 / 10)), round(36 + 137 * (1 + a1 / 10))].astype(int)
+
+    brightest = [abs(at(*beside_top) - [252, 238, 150]).max() < 8 for beside_top in ((5.6, -5), (-5.6, 5))]
+    assert brightest == [True, False]  # the second top is the higher one
+    assert all(at(*top).min() > 200 for top in ((5, -5), (-5, 5)))  # white crosses

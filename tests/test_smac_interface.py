@@ -601,13 +601,15 @@ def test_a_batch_of_any_size_and_on_any_threads_plays_the_same(num_envs, threads
     assert sum(int(step[4]["dead_enemies"].sum()) for step in steps[0]) > 0  # there was something to see
 
 
-def test_same_seed_same_battle():
-    records = []
+@pytest.mark.parametrize("name", ["MMM", "2m_vs_1z"])  # on the latter the enemy's goal is drawn
+def test_same_seed_same_battle(name):
+    records, goals = [], []
     for _ in range(2):
-        env, generator = real("MMM", num_envs=2, seed=7), torch.Generator().manual_seed(7)
+        env, generator = real(name, num_envs=2, seed=7), torch.Generator().manual_seed(7)
         env.reset()
         records.append(torch.stack([env.step(random_actions(env, generator))[0] for _ in range(20)]))
-    assert torch.equal(*records)
+        goals.append(env.units.goal_x.clone())
+    assert torch.equal(*records) and torch.equal(*goals)
 
 
 def test_render():

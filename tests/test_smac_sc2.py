@@ -385,6 +385,16 @@ def test_games_that_cannot_start_end_the_run(build, game):
         real.reset()
 
 
+def test_breaks_count_from_the_last_whole_episode(build, game, tmp_path):
+    game(CRASH=90)  # an episode has at most 60 steps, so every client ends one
+    real, broken = build("sc2:3m", seed=5), 0
+    real.reset()
+    while broken < 4:
+        *_, info = real.step(real.avail_actions()[..., STOP].long())
+        broken += info["broken"].item()
+    assert len(launches(tmp_path)) == 5
+
+
 def test_clients_are_replaced_before_their_last_loop(build, game, tmp_path):
     game(LOOP=2**19 - 8 * 400 - 250)  # the longest battle may just begin
     real = build("sc2:3m", seed=5)

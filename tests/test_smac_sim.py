@@ -583,6 +583,25 @@ def test_enemy_notices_at_5_tiles_between_edges(distance, notices):
     assert (int(play(sim, units, 1).target[0, 2]) == 0) == notices
 
 
+@pytest.mark.parametrize("distance, goes", [(21.85, True), (21.9, False)])
+def test_enemy_lets_go_at_21_tiles_between_edges(distance, goes):
+    """Of its target, and of whoever hurt it, with chase or without."""
+    sim, units = scene("2m_vs_1z", u0=(4, 12), u2=(4 + distance, 12))  # 21 + 0.5 + 0.375 = 21.875
+    for field, rules in (
+        ("target", sim),
+        ("attacker", sim),
+        ("attacker", Battles("2m_vs_1z").without_chase()),
+    ):
+        after = play(rules, change(units, field, 2, 0), 1)
+        assert int(after.target[0, 2]) == (0 if goes else -1)
+
+
+def test_a_far_attacker_comes_before_a_nearer_target():
+    sim, units = scene("2m_vs_1z", u0=(13, 12), u1=(23, 15), u2=(13, 15))
+    units = change(change(units, "target", 2, 0), "attacker", 2, 1)  # 10 away, beyond its scan range of 5
+    assert int(play(sim, units, 1).target[0, 2]) == 1
+
+
 def test_enemy_notices_as_far_as_its_weapon_reaches():
     sim, units = scene("2s3z", u2=(10, 16), u5=(17.11, 16))  # stalker 6 + 0.625 + 0.5 = 7.125
     assert float(play(sim, units, 1).shield[0, 2]) == 40
@@ -915,6 +934,13 @@ def test_random_play_stays_on_the_ground_and_in_bounds():
             assert ((units.target >= -1) & (units.target < sim.n_units)).all()
             on_ground = sim.walkable[units.x.long(), units.y.long()]
             assert (on_ground | ~low | (units.hp <= 0)).all(), name
+
+
+def test_a_medivac_flies_where_no_ground_is():
+    sim, units = scene("MMM", u9=(2.5, 16))  # the ground begins at x = 2
+    for _ in range(5):
+        units = play(sim, order(sim, units, u9=5), 8)  # west
+    assert 0 <= float(units.x[0, 9]) < 1
 
 
 # ---- spawn ----
