@@ -66,8 +66,8 @@ def summarise(curves, start, metric, target):
 def collect(args):
     """Write the JSON and the CSV file of all finished seeds; returns the former, or None if none is.
 
-    Exits, and leaves the files as they are, where seeds that they have would be lost, or kept seeds had other
-    settings than the new ones.
+    Exits, and leaves the files as they are, where they have a seed that is asked for and has no finished run
+    folder, or kept seeds had other settings than the new ones. Seeds that are not asked for drop out.
     """
     about, runs, settings = args.published, [], args.published.get("settings", {})
     path = args.results / f"{args.name}.json"

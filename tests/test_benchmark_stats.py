@@ -97,3 +97,9 @@ def test_a_map_is_resampled_as_often_as_it_has_runs():
 
 def test_an_interval_where_one_map_has_one_run():
     assert stats.between(stats.iqm, [np.array([2.0]), np.array([1.0, 3.0])]) == "2.00 [1.50, 2.50]"
+
+
+def test_profiles_are_the_same_each_time():
+    scores, levels = {"a": np.random.default_rng(6).normal(size=(41, 3))}, np.linspace(-1, 1, 9)
+    first, again = (stats.profile(scores, levels)[1]["a"] for _ in range(2))
+    assert np.array_equal(first, again)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from programs import EPISODE, LOW, MODULES, Aim, Toy, same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import machine
 from envs import Stream, evaluate, make
@@ -188,6 +189,17 @@ def test_a_point_of_the_charts_is_of_the_episodes_since_the_former_one(tmp_path)
     log.close()
     values = {tag: [y for x, y, _ in points if x == tag] for tag, *_ in points}
     assert values["charts/win_rate"] == [2, 4] and values["charts/SPS"] == [2, 4]
+
+
+def test_a_resumed_run_keeps_the_points_up_to_its_step(tmp_path):
+    args = SimpleNamespace(total_timesteps=9, eval_every=3)
+    log = machine.Log(tmp_path, args, 0, {})
+    for step in (3, 6, 9):
+        log.evaluation(step, 1.0, {"win_rate": 0.5})
+    log.close()
+    machine.Log(tmp_path, args, 6, {}).close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [point.step for point in events.Scalars("eval/win_rate")] == [3, 6]
 
 
 # ---- evaluations ----

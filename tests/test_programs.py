@@ -565,6 +565,16 @@ def test_play_takes_no_more_games_than_the_environment_bears_unless_told(run, pl
     assert made == [2, 3]
 
 
+@pytest.mark.parametrize("program", ["coma"])
+def test_play_does_not_mind_another_state(run, play, program):
+    """It is for critics."""
+    _, _, folder = run()
+    saved = checkpoint(folder)
+    saved["env"]["sizes"]["state_dim"] += 1
+    torch.save(saved, folder / "model.pt")
+    assert play(folder)[0] == 0
+
+
 @pytest.mark.parametrize("program", ["maddpg"])
 def test_play_refuses_other_bounds_of_actions(run, play, program):
     _, _, folder = run(env="quadratic")

@@ -395,6 +395,26 @@ def test_breaks_count_from_the_last_whole_episode(build, game, tmp_path):
     assert len(launches(tmp_path)) == 5
 
 
+def test_three_clients_are_tried(build, game, tmp_path):
+    game(CRASH=1)
+    real = build("sc2:3m", seed=5)
+    real.reset()
+    with pytest.raises(RuntimeError, match="3 times in a row sc2:3m, game 0 broke"):
+        for _ in range(9):
+            real.step(real.avail_actions()[..., STOP].long())
+    assert len(launches(tmp_path)) == 3
+
+
+def test_a_new_client_may_have_another_order(build, game):
+    real = build("sc2:MMM", seed=2)
+    real.reset()
+    n, before = real.n_agents, real.sim.types
+    game(REVERSED=1)
+    real._workers[0].process.kill()
+    *_, info = real.step(real.avail_actions()[..., STOP].long())
+    assert info["broken"].all() and real.sim.types == before[:n] + before[: n - 1 : -1]
+
+
 def test_clients_are_replaced_before_their_last_loop(build, game, tmp_path):
     game(LOOP=2**19 - 8 * 400 - 250)  # the longest battle may just begin
     real = build("sc2:3m", seed=5)
