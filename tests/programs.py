@@ -42,7 +42,8 @@ class Troubled(VecEnv):
     of evaluations, "interrupt_evaluation" at its step 3, after which it never ends. "early" is Ctrl-C before
     any step. "lost" are games that break while others go on: all in the first step, then one in each seventh.
     In "guided" ones all play the digit in each third step; those "together" end by the clock only.
-    `log` has a tuple of tensors (B, ...) per step.
+    `log` has for each step obs, state, avail_actions, actions, reward, terminated, final_obs, final_state,
+    final_avail_actions, agent_rewards, truncated and broken, all (B, ...), or None where there are none.
     """
 
     saved = (*VecEnv.saved, "time", "steps")
