@@ -43,6 +43,7 @@ RULES = {
     "_ladder": ("ladder=true", " with the ladder's weapons", [LADDER]),
 }
 LENGTHS = {"": ("Short runs", ""), "_long": ("Long runs", ", long")}
+ROW = 5  # evaluations in a row that tell whether a seed stays at TARGET
 TARGET, GAP = 0.9, 0.05  # of a greedy win rate: a map is won, a method wins more than another
 FEW = 2  # runs per map and method, which tell no probability
 READ = "What the columns mean: [how to read](#how-to-read)."
@@ -57,7 +58,7 @@ exploring policies while they train (each method explores in its own way, so tha
 itself). First at the steps that all sets of a table have; then, where some are longer, at a set's own end.
 Worst: the lowest greedy score of a seed at its end. Reached: seeds with an evaluation of at least
 {TARGET:g}, and the median of the steps that it took, where over half of them got there. Stays from: the same
-of the first such evaluation from which on the mean of all is at least that too. At {TARGET:g} to the end:
+of the first such evaluation from which on no {ROW} in a row have a mean below that. At {TARGET:g} to the end:
 seeds whose greedy score at the end is at least that. Numbers of seeds with Wilson's 95% interval.
 Return: greedy, after 80% of the steps, median of seeds; on SMAC a win is worth about 20, and where nobody
 wins it tells how much damage is done. Entropy: of the policies at the end, median. Minutes: of a run on
@@ -119,18 +120,24 @@ def length(report):
     return report["summary"]["steps"]["min"]
 
 
+def falls(values):
+    """Whether ROW evaluations in a row, or all where there are fewer, have a mean below TARGET."""
+    rows = (values[k : k + ROW] for k in range(max(1, len(values) - ROW + 1)))
+    return min(map(statistics.fmean, rows)) < TARGET
+
+
 def reached(report, stays=False):
     """'2 of 3 (21 to 94%)' and the median steps to the first evaluation of at least TARGET; '-' of none.
 
-    stays: to the first one that is, and the mean of it and all later ones too.
+    stays: to the first such one after which nothing `falls`.
     """
     if not scores(report, "greedy", np.inf):
         return "-", "-"
     first = []
     for run in report["runs"]:
         steps, values = run["curves"]["eval/win_rate"].values()
-        late = [min(x, statistics.fmean(values[k:])) if stays else x for k, x in enumerate(values)]
-        first.append(next((step for step, x in zip(steps, late, strict=True) if x >= TARGET), np.inf))
+        good = [x >= TARGET and not (stays and falls(values[k:])) for k, x in enumerate(values)]
+        first.append(steps[good.index(True)] if True in good else np.inf)
     median = statistics.median(first)
     return success_rate([step < np.inf for step in first]), f"{median:,.0f}" if median < np.inf else "-"
 
